@@ -1,0 +1,27 @@
+//! Compiles the C++ beside `src/torch_ext` against the libtorch that tch found. Nothing to do without the feature `torch`.
+
+fn main() {
+    println!("cargo:rerun-if-changed=src/torch_ext/torch_ext.cpp");
+    // Cargo gives a cdylib no SONAME; without one a program that links it records the path of the build folder.
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,liblycore.so");
+    if std::env::var_os("CARGO_FEATURE_TORCH").is_none() {
+        return;
+    }
+    // torch-sys (links = "tch") tells where libtorch's libraries are; the headers lie beside them.
+    let Some(lib) = std::env::var_os("DEP_TCH_LIBTORCH_LIB") else {
+        panic!("torch-sys did not say where libtorch is; build with the Python that holds torch on the PATH (see README)")
+    };
+    let lib = std::path::PathBuf::from(lib);
+    let include = lib.parent().map(|root| root.join("include")).unwrap_or_default();
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .includes([include.clone(), include.join("torch/csrc/api/include")])
+        // libtorch's headers warn; ours must not.
+        .flag_if_supported("-Wno-unused-parameter")
+        .file("src/torch_ext/torch_ext.cpp")
+        .compile("lycore_torch_ext");
+    println!("cargo:rustc-link-lib=dylib=torch_cpu");
+    println!("cargo:rustc-link-lib=dylib=c10");
+    println!("cargo:rustc-link-search=native={}", lib.display());
+}

@@ -1,0 +1,137 @@
+//! What stands beside the tensors: PEFT's configuration, which holds the alphas that its files lack.
+
+use crate::error::{Error, FileFault, Result};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// The numbers of a PEFT `adapter_config.json` (or of diffusers' `lora_adapter_metadata`) that decide the scale.
+#[derive(Debug)]
+pub struct PeftConfig {
+    parts: Vec<Part>,
+}
+
+/// One configured network; diffusers prefixes its fields with the component's name (`unet.`, `text_encoder.`).
+#[derive(Debug)]
+struct Part {
+    prefix: String,
+    alpha: f64,
+    rank: f64,
+    alphas: Vec<(regex_lite::Regex, f64)>,
+    ranks: Vec<(regex_lite::Regex, f64)>,
+    rank_stabilised: bool,
+}
+
+/// More than any real configuration needs; keeps a hostile neighbour file from filling memory.
+const LIMIT: u64 = 16 << 20;
+
+impl PeftConfig {
+    /// Reads `adapter_config.json` in the folder of `path`, if there is one that describes a LoRA.
+    pub fn beside(path: &Path) -> Result<Option<Self>> {
+        let config = path.with_file_name("adapter_config.json");
+        let fault = |fault| Error::File { path: config.clone(), fault };
+        match std::fs::metadata(&config) {
+            Ok(meta) if meta.len() > LIMIT => {
+                return Err(fault(FileFault::WrongKind {
+                    why: format!("is {} bytes long; the limit is {LIMIT}", meta.len()),
+                }))
+            }
+            Ok(_) => {}
+            Err(_) => return Ok(None),
+        }
+        let text = std::fs::read_to_string(&config).map_err(|e| Error::io(&config, e))?;
+        let json: Value = serde_json::from_str(&text)
+            .map_err(|e| fault(FileFault::WrongKind { why: format!("is not JSON: {e}") }))?;
+        let part = Part::read("", &json).map_err(|why| fault(FileFault::WrongKind { why }))?;
+        Ok(part.map(|part| PeftConfig { parts: vec![part] }))
+    }
+
+    /// Reads `lora_adapter_metadata` from a file's own metadata, as diffusers writes it.
+    pub fn inside(file: &Path, metadata: &BTreeMap<String, String>) -> Result<Option<Self>> {
+        let Some(text) = metadata.get("lora_adapter_metadata") else { return Ok(None) };
+        let bad = |why| Error::File { path: file.to_owned(), fault: FileFault::BadMetadata { why } };
+        let json: Value =
+            serde_json::from_str(text).map_err(|e| bad(format!("lora_adapter_metadata is not JSON: {e}")))?;
+        let Some(map) = json.as_object() else { return Ok(None) };
+        let mut parts = Vec::new();
+        for name in map.keys().filter_map(|key| key.strip_suffix("lora_alpha")) {
+            parts.extend(Part::read(name, &json).map_err(bad)?);
+        }
+        Ok((!parts.is_empty()).then_some(PeftConfig { parts }))
+    }
+
+    /// The alpha of a module such that alpha / rank is the scale that PEFT uses.
+    pub fn alpha(&self, module: &str) -> Option<f32> {
+        let part = self.parts.iter().find(|p| module.starts_with(&p.prefix))?;
+        let pick = |table: &[(regex_lite::Regex, f64)], default| {
+            table.iter().find(|(pattern, _)| pattern.is_match(module)).map_or(default, |(_, v)| *v)
+        };
+        let (alpha, rank) = (pick(&part.alphas, part.alpha), pick(&part.ranks, part.rank));
+        // Rank-stabilised LoRA scales by alpha / sqrt(rank): arXiv:2312.03732.
+        Some(if part.rank_stabilised { alpha * rank.sqrt() } else { alpha } as f32)
+    }
+}
+
+impl Part {
+    /// `Ok(None)` when the configuration is of something that has no alpha.
+    fn read(prefix: &str, json: &Value) -> Result<Option<Self>, String> {
+        let field = |name: &str| json.get(format!("{prefix}{name}")).filter(|v| !v.is_null());
+        let (Some(alpha), Some(rank)) = (field("lora_alpha"), field("r")) else { return Ok(None) };
+        let number = |name: &str, v: &Value| {
+            v.as_f64()
+                .filter(|n| n.is_finite())
+                .ok_or_else(|| format!("`{prefix}{name}` is {v}, not a number"))
+        };
+        let patterns = |name: &str| -> Result<Vec<_>, String> {
+            let Some(table) = field(name).and_then(Value::as_object) else { return Ok(Vec::new()) };
+            let entry = |(pattern, v): (&String, &Value)| {
+                // PEFT matches a pattern at the end of the path, after the start or a dot.
+                let regex =
+                    regex_lite::Regex::new(&format!(r"^(?:.*\.)?(?:{})$", pattern.trim_start_matches('^')))
+                        .map_err(|e| format!("`{prefix}{name}`: `{pattern}`: {e}"))?;
+                Ok((regex, number(name, v)?))
+            };
+            table.iter().map(entry).collect()
+        };
+        Ok(Some(Part {
+            prefix: prefix.to_owned(),
+            alpha: number("lora_alpha", alpha)?,
+            rank: number("r", rank)?,
+            alphas: patterns("alpha_pattern")?,
+            ranks: patterns("rank_pattern")?,
+            rank_stabilised: field("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn inside(text: &str) -> Result<Option<PeftConfig>> {
+        PeftConfig::inside(Path::new("x"), &BTreeMap::from([("lora_adapter_metadata".into(), text.into())]))
+    }
+
+    #[test]
+    fn alpha_follows_component_pattern_and_rank_stabilisation() {
+        let config = inside(
+            r#"{"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"to_q": 2}, "unet.rank_pattern": {},
+                "text_encoder.r": 16, "text_encoder.lora_alpha": 3, "text_encoder.use_rslora": true}"#,
+        )
+        .unwrap()
+        .unwrap();
+        assert_eq!(config.alpha("unet.down.0.to_k"), Some(8.0));
+        assert_eq!(config.alpha("unet.down.0.to_q"), Some(2.0));
+        assert_eq!(config.alpha("unet.down.0.not_to_q"), Some(8.0));
+        assert_eq!(config.alpha("text_encoder.q_proj"), Some(12.0));
+        assert_eq!(config.alpha("vae.q_proj"), None);
+    }
+
+    #[test]
+    fn nonsense_is_an_error_with_the_field() {
+        let text = inside(r#"{"r": 4, "lora_alpha": "much"}"#).unwrap_err().to_string();
+        assert!(text.contains("lora_alpha") && text.contains("much"), "{text}");
+        assert!(inside("{").is_err());
+        assert!(inside("{}").unwrap().is_none());
+    }
+}

@@ -1,0 +1,144 @@
+//! The load report: what became of every key of a file, as data, JSON and text. Nothing is dropped silently.
+
+use super::Adapter;
+use crate::merge::plan::Binding;
+use serde_json::{json, Value};
+use std::fmt::Write;
+
+/// One key of the file.
+#[derive(Clone, Debug)]
+pub struct KeyState {
+    /// As the file spells it.
+    pub key: String,
+    /// The module that it belongs to, if its suffix is known.
+    pub module: Option<String>,
+    /// What became of it when the file was read.
+    pub status: KeyStatus,
+}
+
+/// What became of a key when the file was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyStatus {
+    /// Its module can be applied.
+    Readable,
+    /// This version does not know it; the reason.
+    Unsupported(String),
+    /// It contradicts itself or its neighbours; the reason.
+    Malformed(String),
+}
+
+/// The report of an adapter, and of its match with a model when `binding` is given.
+pub fn json(adapter: &Adapter, binding: Option<&Binding>) -> Value {
+    let mut counts = [0usize; 5];
+    let keys: Vec<Value> = adapter
+        .keys()
+        .iter()
+        .map(|k| {
+            let (status, detail) = state(k, binding);
+            counts[status as usize] += 1;
+            let mut entry = json!({"key": k.key, "status": status.name()});
+            if let Some((name, text)) = detail {
+                entry[name] = json!(text);
+            }
+            entry
+        })
+        .collect();
+    let modules: Vec<Value> = adapter
+        .modules()
+        .iter()
+        .enumerate()
+        .map(|(i, m)| {
+            let tensors = m.algorithm.tensors();
+            let mut entry = json!({
+                "module": m.name,
+                "spelling": m.dialect.name(),
+                "algorithm": m.algorithm.name(),
+                "rank": m.algorithm.rank(),
+                "alpha": m.algorithm.alpha(),
+                "dtype": tensors.first().map(|(_, t)| t.dtype().to_string()),
+                "bytes": tensors.iter().map(|(_, t)| t.byte_len()).sum::<usize>(),
+            });
+            if let Some(binding) = binding {
+                entry["target"] = json!(binding.target_name(i));
+            }
+            entry
+        })
+        .collect();
+    let mut report = json!({
+        "file": adapter.path().display().to_string(),
+        "metadata": adapter.metadata(),
+        "summary": {"keys": adapter.keys().len(), "modules": modules.len()},
+        "modules": modules,
+        "keys": keys,
+    });
+    for status in Status::ALL {
+        if (status == Status::Readable) == binding.is_none()
+            || counts[status as usize] > 0
+            || status > Status::Unmatched
+        {
+            report["summary"][status.name()] = json!(counts[status as usize]);
+        }
+    }
+    report
+}
+
+/// The report for people: a summary, then only what needs attention.
+pub fn text(report: &Value) -> String {
+    let mut out = String::new();
+    let summary: Vec<String> = report["summary"]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(name, count)| matches!(name.as_str(), "keys" | "modules") || count.as_u64() != Some(0))
+        .map(|(name, count)| format!("{count} {name}"))
+        .collect();
+    let _ = writeln!(out, "{}: {}", report["file"].as_str().unwrap_or(""), summary.join(", "));
+    for key in report["keys"].as_array().into_iter().flatten() {
+        let field = |name: &str| key[name].as_str().unwrap_or("");
+        match field("status") {
+            "unmatched" => {
+                let nearest = field("nearest");
+                let lead = if nearest.is_empty() { String::new() } else { format!(" (nearest: {nearest})") };
+                let _ = writeln!(out, "  unmatched: {}{lead}", field("key"));
+            }
+            status @ ("unsupported" | "malformed") => {
+                let _ = writeln!(out, "  {status}: {}: {}", field("key"), field("reason"));
+            }
+            _ => {}
+        }
+    }
+    out
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd)]
+enum Status {
+    Readable,
+    Matched,
+    Unmatched,
+    Unsupported,
+    Malformed,
+}
+
+impl Status {
+    const ALL: [Status; 5] =
+        [Status::Readable, Status::Matched, Status::Unmatched, Status::Unsupported, Status::Malformed];
+
+    fn name(self) -> &'static str {
+        ["readable", "matched", "unmatched", "unsupported", "malformed"][self as usize]
+    }
+}
+
+fn state<'a>(key: &'a KeyState, binding: Option<&'a Binding>) -> (Status, Option<(&'static str, &'a str)>) {
+    match (&key.status, binding, &key.module) {
+        (KeyStatus::Unsupported(why), ..) => (Status::Unsupported, Some(("reason", why))),
+        (KeyStatus::Malformed(why), ..) => (Status::Malformed, Some(("reason", why))),
+        (KeyStatus::Readable, Some(binding), Some(module)) => match binding.problem(module) {
+            None => (Status::Matched, None),
+            Some(crate::merge::plan::Problem::Unmatched { nearest }) => {
+                (Status::Unmatched, nearest.as_deref().map(|n| ("nearest", n)))
+            }
+            Some(crate::merge::plan::Problem::Misfit { why }) => (Status::Malformed, Some(("reason", why))),
+        },
+        _ => (Status::Readable, None),
+    }
+}

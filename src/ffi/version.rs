@@ -1,0 +1,99 @@
+//! Which library this is and what it can do here.
+
+use super::boundary::{self, c_text};
+use super::handle;
+use super::status::{lycore_error, lycore_status};
+use serde_json::json;
+use std::ffi::{c_char, CStr};
+
+/// Major version of the header: calls may go away when it changes.
+pub const LYCORE_VERSION_MAJOR: u32 = 0;
+/// Minor version of the header: calls may be added when it changes (while the major version is 0: also changed).
+pub const LYCORE_VERSION_MINOR: u32 = 1;
+/// Patch version of the header.
+pub const LYCORE_VERSION_PATCH: u32 = 0;
+
+const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+    Ok(text) => text,
+    Err(_) => c"",
+};
+
+/// The library's version as one number: major * 1000000 + minor * 1000 + patch. Compare with the header's LYCORE_VERSION_* .
+#[no_mangle]
+pub extern "C" fn lycore_version_number() -> u32 {
+    LYCORE_VERSION_MAJOR * 1_000_000 + LYCORE_VERSION_MINOR * 1000 + LYCORE_VERSION_PATCH
+}
+
+/// The library's version, "major.minor.patch". Static.
+#[no_mangle]
+pub extern "C" fn lycore_version() -> *const c_char {
+    VERSION.as_ptr()
+}
+
+/// What this build can do on this machine, as JSON:
+/// {"version": "0.1.0", "torch": "2.11.0" or null, "training": bool, "cuda": {"devices": n, "why": text when n is 0},
+///  "threads": n, "algorithms": [text]}.
+/// `json` becomes a text that the caller frees with lycore_text_free. May start CUDA in the process.
+///
+/// # Safety
+/// `json` may be written. `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_capabilities(
+    json: *mut *mut c_char,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            let out = boundary::out(json, "json")?;
+            *out = handle::new_text(c_text(&capabilities().to_string()));
+            Ok(())
+        })
+    }
+}
+
+fn capabilities() -> serde_json::Value {
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "torch": torch(),
+        "training": cfg!(feature = "torch"),
+        "cuda": cuda(),
+        "threads": crate::merge::gemm::pool().current_num_threads(),
+        "algorithms": ["LoRA", "LoCon"],
+    })
+}
+
+#[cfg(feature = "torch")]
+fn torch() -> Option<&'static str> {
+    Some(crate::torch_ext::version())
+}
+
+#[cfg(not(feature = "torch"))]
+fn torch() -> Option<&'static str> {
+    None
+}
+
+#[cfg(feature = "torch")]
+fn cuda() -> serde_json::Value {
+    match crate::torch_ext::require_cuda() {
+        Ok(()) => json!({"devices": tch::Cuda::device_count()}),
+        Err(e) => json!({"devices": 0, "why": format!("{e}; {}", e.hint())}),
+    }
+}
+
+#[cfg(not(feature = "torch"))]
+fn cuda() -> serde_json::Value {
+    json!({"devices": 0, "why": "this is the build without libtorch"})
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_version_is_one_in_all_places() {
+        let (major, minor, patch) =
+            (super::LYCORE_VERSION_MAJOR, super::LYCORE_VERSION_MINOR, super::LYCORE_VERSION_PATCH);
+        assert_eq!(env!("CARGO_PKG_VERSION"), format!("{major}.{minor}.{patch}"));
+        assert_eq!(super::VERSION.to_str(), Ok(env!("CARGO_PKG_VERSION")));
+        assert_eq!(super::lycore_version_number(), 1000 * minor + 1_000_000 * major + patch);
+    }
+}

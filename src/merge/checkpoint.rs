@@ -1,0 +1,156 @@
+//! Checkpoints, file to file: the base is streamed through, touched weights are merged on the way, everything else is copied as it is.
+//!
+//! Memory: the largest touched tensor, its factors, and a block of rows per thread, whatever the size of the file.
+
+use super::ops::Term;
+use super::plan::{Binding, Strengths};
+use super::Prepared;
+use crate::adapter::report;
+use crate::adapter::safetensors::{Entry, File, Writer};
+use crate::adapter::Adapter;
+use crate::dtype::{self, Dtype, Float};
+use crate::error::{Error, Result};
+use crate::names::Index;
+use crate::progress::Progress;
+use crate::view::{Device, Tensor, View};
+use serde_json::{json, Value};
+use std::path::Path;
+use std::sync::Arc;
+
+/// What to merge into what.
+pub struct Job<'a> {
+    /// Any safetensors file.
+    pub base: &'a Path,
+    /// Adapters with their strengths.
+    pub adapters: &'a [(Arc<Adapter>, Strengths)],
+    /// Written whole or not at all; may be `base` itself.
+    pub output: &'a Path,
+    /// Dtype of the floating-point tensors in the output; `None` keeps each as it is.
+    pub dtype: Option<Float>,
+    /// Where to compute.
+    pub device: Device,
+}
+
+/// Bytes copied between two looks at the cancel flag.
+const BLOCK: usize = 8 << 20;
+
+/// Runs the job and returns its report. Progress counts bytes of the output's tensors.
+pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
+    let base = File::open(job.base)?;
+    // Only what can be computed is a target; the rest passes through.
+    let targets: Vec<&Entry> = base.entries().iter().filter(|e| Float::of(e.dtype).is_some()).collect();
+    let names: Vec<(&str, usize)> =
+        targets.iter().map(|e| (e.name.as_str(), e.shape.first().copied().unwrap_or(0))).collect();
+    let index = Index::new(&names);
+    let shapes: Vec<(&str, &[usize])> = targets.iter().map(|e| (e.name.as_str(), &e.shape[..])).collect();
+    let mut bindings = Vec::new();
+    for (adapter, strengths) in job.adapters {
+        strengths.check()?;
+        bindings.push(Binding::new(adapter, &index, &shapes)?);
+    }
+    let mut terms: Vec<Vec<Term<'_>>> = vec![Vec::new(); targets.len()];
+    for (binding, (adapter, strengths)) in bindings.iter().zip(job.adapters) {
+        for bound in &binding.bound {
+            let strength = strengths.of(&adapter.modules()[bound.module].name, bound.part);
+            if strength != 0.0 {
+                terms[bound.target].push(Term { op: &bound.op, strength, slice: bound.slice });
+            }
+        }
+    }
+
+    let out_dtype = |dtype: Dtype| match (job.dtype, Float::of(dtype)) {
+        (Some(wanted), Some(_)) => wanted.dtype(),
+        _ => dtype,
+    };
+    let layout: Vec<(String, Dtype, Vec<usize>)> =
+        base.entries().iter().map(|e| (e.name.clone(), out_dtype(e.dtype), e.shape.clone())).collect();
+    let total: u64 = layout.iter().filter_map(|(_, d, s)| dtype::byte_len(*d, s)).map(|n| n as u64).sum();
+    let mut metadata = base.metadata().clone();
+    metadata.insert("lycore.merged".into(), recipe(metadata.get("lycore.merged"), job));
+
+    let mut writer = Writer::create(job.output, &layout, &metadata)?;
+    let shared = Arc::new(base.clone());
+    let (mut done, mut changed, mut next_target) = (0u64, 0usize, 0usize);
+    let mut prepared = Prepared::default();
+    progress.at(0, total)?;
+    for (entry, (_, to, _)) in base.entries().iter().zip(&layout) {
+        let own_terms: &[Term<'_>] = if Float::of(entry.dtype).is_some() {
+            next_target += 1;
+            &terms[next_target - 1]
+        } else {
+            &[]
+        };
+        if own_terms.is_empty() && *to == entry.dtype {
+            for block in base.bytes(entry).chunks(BLOCK) {
+                writer.write(block)?;
+                done += block.len() as u64;
+                progress.at(done, total)?;
+            }
+        } else {
+            changed += usize::from(!own_terms.is_empty());
+            let merged = merged(&base, &shared, entry, *to, own_terms, job.device, &mut prepared)?;
+            for block in merged.chunks(BLOCK) {
+                writer.write(block)?;
+                done += block.len() as u64;
+                progress.at(done, total)?;
+            }
+        }
+        base.release(entry.begin, entry.end);
+        // Nothing prepared for one weight serves another.
+        prepared = Prepared::default();
+    }
+    writer.finish()?;
+    let reports: Vec<Value> =
+        bindings.iter().zip(job.adapters).map(|(b, (a, _))| report::json(a, Some(b))).collect();
+    Ok(json!({
+        "base": job.base.display().to_string(),
+        "output": job.output.display().to_string(),
+        "device": job.device.to_string(),
+        "tensors": {"changed": changed, "copied": layout.len() - changed},
+        "bytes": total,
+        "adapters": reports,
+    }))
+}
+
+fn merged(
+    base: &File,
+    shared: &Arc<File>,
+    entry: &Entry,
+    to: Dtype,
+    terms: &[Term<'_>],
+    device: Device,
+    prepared: &mut Prepared,
+) -> Result<Vec<u8>> {
+    let impossible = || Error::Backend(format!("`{}`: no memory for the merged tensor", entry.name));
+    let size = dtype::byte_len(to, &entry.shape).ok_or_else(impossible)?;
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(size).map_err(|_| impossible())?;
+    bytes.resize(size, 0u8);
+    // SAFETY: the mapped bytes live as long as `shared`.
+    let from = unsafe { Tensor::of_bytes(base.bytes(entry), entry.dtype, &entry.shape, shared.clone()) };
+    let from = from.ok_or_else(impossible)?;
+    // SAFETY: the view shows `bytes`, which is neither moved nor touched until the merge is done.
+    let out = unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, to, &entry.shape, None)? };
+    super::merge_on(device, &entry.name, &from, &out, terms, prepared)?;
+    Ok(bytes)
+}
+
+/// What was merged, for the output's metadata; earlier merges stay listed.
+fn recipe(earlier: Option<&String>, job: &Job<'_>) -> String {
+    let mut list: Vec<Value> = earlier.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+    for (adapter, strengths) in job.adapters {
+        let name = adapter.path().file_name().map(|n| n.to_string_lossy().into_owned());
+        let mut entry =
+            json!({"adapter": name, "unet": strengths.unet, "text_encoder": strengths.text_encoder});
+        if !strengths.modules.is_empty() {
+            entry["modules"] = strengths
+                .modules
+                .iter()
+                .map(|(k, v)| (k.clone(), json!(v)))
+                .collect::<serde_json::Map<_, _>>()
+                .into();
+        }
+        list.push(entry);
+    }
+    Value::from(list).to_string()
+}

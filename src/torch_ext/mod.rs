@@ -1,0 +1,105 @@
+//! What tch does not bind: exact fp32 products, the caller's stream, finding libtorch's CUDA half.
+
+use crate::error::{Error, Result};
+use once_cell::sync::OnceCell;
+use std::ffi::{c_char, c_int, c_void, CStr, CString};
+
+extern "C" {
+    fn lycore_torch_version() -> *const c_char;
+    fn lycore_torch_free_text(text: *mut c_char);
+    fn lycore_torch_scope_open(device: c_int, stream: *mut c_void, out: *mut *mut c_void) -> *mut c_char;
+    fn lycore_torch_scope_close(scope: *mut c_void);
+}
+
+/// The libtorch that this library was built for.
+pub fn version() -> &'static str {
+    // SAFETY: a string literal of the C++ side.
+    unsafe { CStr::from_ptr(lycore_torch_version()) }.to_str().unwrap_or("")
+}
+
+/// A CUDA stream of the caller (`cudaStream_t`) on a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Stream {
+    /// CUDA device index.
+    pub device: usize,
+    /// The handle.
+    pub handle: *mut c_void,
+}
+
+/// While it lives, this thread's fp32 products are computed in fp32 and autocast is off, whatever the host set, and work goes to the
+/// caller's stream, if one is given.
+pub struct Scope(*mut c_void);
+
+impl Scope {
+    /// Opens the scope on the calling thread, which also has to drop it.
+    pub fn open(stream: Option<Stream>) -> Result<Self> {
+        let (device, handle) = stream.map_or((-1, std::ptr::null_mut()), |s| (s.device as c_int, s.handle));
+        if device >= 0 {
+            require_cuda()?;
+        }
+        let mut scope = std::ptr::null_mut();
+        // SAFETY: `scope` is written on success; a returned text is ours to free.
+        unsafe {
+            let failure = lycore_torch_scope_open(device, handle, &mut scope);
+            if !failure.is_null() {
+                let text = CStr::from_ptr(failure).to_string_lossy().into_owned();
+                lycore_torch_free_text(failure);
+                return Err(Error::Backend(format!("libtorch: {text}")));
+            }
+        }
+        Ok(Scope(scope))
+    }
+}
+
+impl Drop for Scope {
+    fn drop(&mut self) {
+        if !self.0.is_null() {
+            // SAFETY: opened by `open`, closed once.
+            unsafe { lycore_torch_scope_close(self.0) }
+        }
+    }
+}
+
+/// Makes sure that libtorch's CUDA half is loaded and sees a device.
+///
+/// A linker drops `libtorch_cuda` from a program that names none of its symbols, and a host without Python never imports torch; so it is
+/// opened by name from the folder of the libtorch that is loaded.
+pub fn require_cuda() -> Result<()> {
+    static LOADED: OnceCell<bool> = OnceCell::new();
+    let available =
+        *LOADED.get_or_init(|| tch::Cuda::is_available() || (open_cuda_half() && tch::Cuda::is_available()));
+    if available {
+        return Ok(());
+    }
+    Err(Error::Device {
+        what: "libtorch finds no CUDA device".into(),
+        hint: "install a torch built for CUDA and check that `nvidia-smi` lists the card".into(),
+    })
+}
+
+fn open_cuda_half() -> bool {
+    let mut info = std::mem::MaybeUninit::<libc::Dl_info>::uninit();
+    // SAFETY: any address is a valid question to dladdr; the answer is read only if it succeeded, and its name is a C string that lives
+    // as long as the library.
+    let folder = unsafe {
+        let known = tch_symbol();
+        if known.is_null() || libc::dladdr(known, info.as_mut_ptr()) == 0 {
+            return false;
+        }
+        CStr::from_ptr(info.assume_init().dli_fname).to_string_lossy().into_owned()
+    };
+    let Some(folder) = std::path::Path::new(&folder).parent().map(std::path::Path::to_owned) else {
+        return false;
+    };
+    let Ok(path) = CString::new(folder.join("libtorch_cuda.so").to_string_lossy().into_owned()) else {
+        return false;
+    };
+    // SAFETY: loading libtorch's own second half from beside the first.
+    unsafe { !libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL).is_null() }
+}
+
+/// The address of something inside libtorch's CPU half.
+fn tch_symbol() -> *mut c_void {
+    // SAFETY: looks a C++ symbol up by its mangled name; NULL when it is not there.
+    unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"_ZN2at13globalContextEv".as_ptr()) }
+}

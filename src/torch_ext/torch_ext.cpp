@@ -1,0 +1,79 @@
+// The little C++ that tch does not bind. Plain C functions; no exception leaves them: a failure is a text, freed by the caller.
+
+#include <ATen/Context.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/Stream.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/version.h>
+
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <new>
+
+namespace {
+
+char* text_of(const char* what) {
+  char* copy = new (std::nothrow) char[std::strlen(what) + 1];
+  if (copy != nullptr) std::strcpy(copy, what);
+  return copy;
+}
+
+// What a scope changed in the calling thread's libtorch state.
+struct Scope {
+  at::NoTF32Guard exact;
+  // A host inside torch.autocast must not change the dtypes that this library computes in.
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  bool has_stream = false;
+  c10::Stream previous{c10::Stream::DEFAULT, c10::Device(c10::DeviceType::CPU)};
+};
+
+}  // namespace
+
+extern "C" {
+
+const char* lycore_torch_version() { return TORCH_VERSION; }
+
+void lycore_torch_free_text(char* text) { delete[] text; }
+
+// Opens a scope in which fp32 products are exact (no TF32), autocast is off and, when device >= 0, work goes to this cudaStream_t.
+// libtorch identifies an external stream by its handle, so no CUDA header is needed to name one.
+char* lycore_torch_scope_open(int device, void* stream, void** out) {
+  *out = nullptr;
+  try {
+    Scope* scope = new Scope();
+    if (device >= 0) {
+      try {
+        c10::Device where(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
+        c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+        // cudaStreamLegacy, the handle 1, is libtorch's default stream, whose id is 0.
+        intptr_t handle = reinterpret_cast<intptr_t>(stream);
+        c10::StreamId id = handle == 1 ? 0 : static_cast<c10::StreamId>(handle);
+        scope->previous = guard.exchangeStream(c10::Stream(c10::Stream::UNSAFE, where, id));
+        scope->has_stream = true;
+      } catch (...) {
+        delete scope;
+        throw;
+      }
+    }
+    *out = scope;
+    return nullptr;
+  } catch (const std::exception& e) {
+    return text_of(e.what());
+  } catch (...) {
+    return text_of("unknown C++ exception");
+  }
+}
+
+void lycore_torch_scope_close(void* opened) {
+  Scope* scope = static_cast<Scope*>(opened);
+  try {
+    if (scope->has_stream) c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).exchangeStream(scope->previous);
+  } catch (...) {
+    // The stream belonged to the caller a moment ago; there is nobody left to tell.
+  }
+  delete scope;
+}
+
+}  // extern "C"

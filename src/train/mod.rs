@@ -1,0 +1,22 @@
+//! Training: gradients to a file.
+//!
+//! A [`Network`] is a set of modules in training that any host can drive: the host registers weights by name, calls forward and backward
+//! per layer from its own graph, and `step` does the rest. LyCore owns parameters, formulas, optimizer, schedule, state and files; the
+//! host owns the model, so there is no second copy of it.
+//!
+//! All parameters live in one flat buffer ([`params`]), so that clipping, the optimizer, a check for NaN, an all-reduce and a resume file
+//! are each one operation. Formulas are those of [`crate::algo`].
+
+pub mod config;
+mod file;
+mod init;
+pub mod network;
+pub mod optim;
+pub mod params;
+pub mod schedule;
+pub mod state;
+#[cfg(test)]
+mod tests;
+
+pub use config::Config;
+pub use network::{Network, Step};

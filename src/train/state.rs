@@ -1,0 +1,166 @@
+//! Resume files: everything that the next step depends on, so that a run that was stopped ends on the same bits as one that was not.
+//!
+//! A safetensors file of flat f32 tensors: `master`, the optimizer's state, and `gradient` when something is accumulated. Its metadata
+//! holds the counters, the options and a table of the modules, by which another network's file is recognised.
+
+use super::config::Config;
+use super::network::Network;
+use super::params::to_host;
+use crate::adapter::safetensors::{File, Writer};
+use crate::dtype::{Dtype, Float};
+use crate::error::{Error, FileFault, Result};
+use serde_json::{json, Map, Value};
+use std::collections::BTreeMap;
+use std::path::Path;
+use tch::Tensor;
+
+/// Marks the file and its layout; another layout is another number.
+const FORMAT: (&str, &str) = ("lycore_state", "1");
+
+impl Network {
+    /// Writes the resume file; the old one stays until the new one is complete.
+    pub fn save_state(&self, path: &Path) -> Result<()> {
+        let tensors = self.state_tensors(self.dirty || self.micro > 0)?;
+        let metadata = BTreeMap::from([
+            (FORMAT.0.to_owned(), FORMAT.1.to_owned()),
+            ("step".into(), self.steps.to_string()),
+            ("micro_step".into(), self.micro.to_string()),
+            ("config".into(), self.config.to_json().to_string()),
+            ("modules".into(), self.table().to_string()),
+        ]);
+        let length = self.built()?.params.master().size().iter().product::<i64>() as usize;
+        let header: Vec<_> =
+            tensors.iter().map(|(name, _)| (name.to_string(), Dtype::F32, vec![length])).collect();
+        let mut writer = Writer::create(path, &header, &metadata)?;
+        let mut bytes = vec![0; length * 4];
+        for (_, tensor) in tensors {
+            Float::F32.write(&to_host(tensor)?, &mut bytes);
+            writer.write(&bytes)?;
+        }
+        writer.finish()
+    }
+
+    /// Takes up a run where `save_state` left it, on any device. The network must have the same modules, ranks, alphas and optimizer;
+    /// options of schedule, clipping, precision and naming may differ. A file that does not fit changes nothing.
+    pub fn load_state(&mut self, path: &Path) -> Result<()> {
+        let wrong = |why: String| Error::File { path: path.to_owned(), fault: FileFault::WrongKind { why } };
+        self.built()?;
+        let file = File::open(path)?;
+        let field = |name: &str| {
+            let lacks = || wrong(format!("is a training state without `{name}` in its metadata: damaged"));
+            file.metadata().get(name).ok_or_else(lacks)
+        };
+        match file.metadata().get(FORMAT.0).map(String::as_str) {
+            Some(version) if version == FORMAT.1 => {}
+            Some(version) => {
+                return Err(wrong(format!(
+                    "is a training state of format {version}; this version reads {}",
+                    FORMAT.1
+                )))
+            }
+            None => return Err(wrong("is not a training state (an adapter is read by load_weights)".into())),
+        }
+        let count = |name: &str| {
+            let text = field(name)?;
+            text.parse::<u64>().map_err(|_| wrong(format!("`{name}` is `{text}`, not a count")))
+        };
+        let (steps, micro) = (count("step")?, count("micro_step")?);
+        let table: Value = serde_json::from_str(field("modules")?)
+            .map_err(|e| wrong(format!("`modules` is not JSON: {e}")))?;
+        if let Some(difference) = difference(&table, &self.table()) {
+            return Err(wrong(format!("is the state of another network: {difference}")));
+        }
+        let config = Config::parse(field("config")?).map_err(|e| wrong(format!("`config`: {e}")))?;
+        let (theirs, ours) = (config.gradient_accumulation_steps, self.config.gradient_accumulation_steps);
+        if micro > 0 && theirs != ours {
+            return Err(wrong(format!(
+                "was saved after {micro} of {theirs} accumulation steps; this network accumulates {ours}, so the step cannot be finished"
+            )));
+        }
+        if micro >= theirs {
+            return Err(wrong(format!("`micro_step` is {micro} of {theirs}: damaged")));
+        }
+        let with_gradient = file.get("gradient").is_some();
+        let mut parts = Vec::new();
+        for (name, to) in self.state_tensors(with_gradient)? {
+            let length = to.size().iter().product::<i64>() as usize;
+            let entry = file
+                .get(name)
+                .ok_or_else(|| wrong(format!("lacks `{name}`: it is the state of another optimizer")))?;
+            if entry.dtype != Dtype::F32 || entry.shape != [length] {
+                return Err(wrong(format!(
+                    "`{name}` is {} {:?}, expected F32 [{length}]",
+                    entry.dtype, entry.shape
+                )));
+            }
+            let mut values = vec![0f32; length];
+            Float::F32.read(file.bytes(entry), &mut values);
+            parts.push((to.shallow_clone(), Tensor::f_from_slice(&values)?));
+        }
+        if file.entries().len() != parts.len() {
+            return Err(wrong(
+                "holds more tensors than this optimizer has: it is the state of another one".into(),
+            ));
+        }
+        if !with_gradient {
+            self.zero_gradients()?;
+        }
+        tch::no_grad(|| parts.iter_mut().try_for_each(|(to, from)| to.f_copy_(from)))?;
+        let params = &mut self.built_mut()?.params;
+        params.refresh()?;
+        params.settle()?;
+        (self.steps, self.micro, self.dirty) = (steps, micro, with_gradient);
+        Ok(())
+    }
+
+    /// What the file holds, in its order.
+    fn state_tensors(&self, with_gradient: bool) -> Result<Vec<(&'static str, &Tensor)>> {
+        let built = self.built()?;
+        let mut tensors = vec![("master", built.params.master())];
+        tensors.extend(built.optimizer.state());
+        if with_gradient {
+            tensors.push(("gradient", built.params.gradient()));
+        }
+        Ok(tensors)
+    }
+
+    /// The modules in the order of the flat buffers, with all that decides the meaning of their values.
+    fn table(&self) -> Value {
+        let mut table = Map::new();
+        for index in self.by_name() {
+            let m = &self.modules[index];
+            let shapes: Map<_, _> =
+                m.parameters.iter().map(|p| (p.slot.to_owned(), json!(p.shape))).collect();
+            let entry = json!({
+                "algorithm": m.algorithm.name(), "weight": m.weight, "alpha": m.algorithm.alpha(), "parameters": shapes,
+            });
+            table.insert(m.name.clone(), entry);
+        }
+        Value::Object(table)
+    }
+}
+
+/// The first difference between the table of a file and that of this network, in words.
+fn difference(file: &Value, network: &Value) -> Option<String> {
+    let empty = Map::new();
+    let (theirs, ours) = (file.as_object().unwrap_or(&empty), network.as_object().unwrap_or(&empty));
+    let only =
+        |a: &Map<String, Value>, b: &Map<String, Value>| a.keys().find(|k| !b.contains_key(*k)).cloned();
+    let counts = || format!("it has {} modules, this network {}", theirs.len(), ours.len());
+    if let Some(name) = only(theirs, ours) {
+        return Some(format!("{}; `{name}` is only in the file", counts()));
+    }
+    if let Some(name) = only(ours, theirs) {
+        return Some(format!("{}; `{name}` is not in the file", counts()));
+    }
+    ours.iter().find_map(|(name, ours)| {
+        let theirs = &theirs[name];
+        let fields = ["algorithm", "weight", "alpha", "parameters"];
+        let field = fields.into_iter().find(|&f| theirs.get(f) != ours.get(f))?;
+        Some(format!(
+            "`{name}` has {field} {} in the file, {} here",
+            theirs.get(field).unwrap_or(&Value::Null),
+            ours[field]
+        ))
+    })
+}

@@ -1,0 +1,444 @@
+//! Borrowed, strided views of tensors in host or device memory, and tensors that are shared with what keeps them alive.
+//!
+//! This is the one place where raw pointers from outside become something checked: everything that can be proven
+//! without touching the memory (sizes, strides, axis bounds) is proven when a view is made.
+
+use crate::dtype::{self, Dtype, Float};
+use crate::error::{Error, Result};
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+/// Where a tensor's memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Device {
+    /// Host memory.
+    Cpu,
+    /// Memory of the CUDA device with this index.
+    Cuda(usize),
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+/// One range along one axis of a target: how an adapter's q, k or v lands in a fused weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Slice {
+    /// The axis.
+    pub axis: usize,
+    /// First index.
+    pub start: usize,
+    /// Number of indices.
+    pub len: usize,
+}
+
+/// A strided view of memory that somebody else owns. Strides count elements and are never negative.
+#[derive(Clone, Debug)]
+pub struct View {
+    data: *mut u8,
+    device: Device,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    strides: Vec<usize>,
+}
+
+// SAFETY: a view is an address and numbers. Who makes one promises (`View::from_raw`) that the memory may be used from
+// any thread and that writes through it do not overlap with other accesses.
+unsafe impl Send for View {}
+// SAFETY: as above; shared access only reads the fields.
+unsafe impl Sync for View {}
+
+impl View {
+    /// A view of `shape` elements of `dtype` at `data`. `strides` counts elements; `None` means row-major.
+    ///
+    /// # Safety
+    /// `data` must point to memory of `device` that holds every element that shape and strides reach, for as long as the view or a
+    /// view made from it is used, from any thread; and nobody else may write it meanwhile, or read it while it is written through the view.
+    pub unsafe fn from_raw(
+        data: *mut u8,
+        device: Device,
+        dtype: Dtype,
+        shape: &[usize],
+        strides: Option<&[i64]>,
+    ) -> Result<Self> {
+        let too_large = || Error::argument(format!("a tensor of shape {shape:?} does not fit in memory"), "");
+        let count = dtype::element_count(shape).ok_or_else(too_large)?;
+        dtype::byte_len(dtype, shape).filter(|&n| n <= isize::MAX as usize).ok_or_else(too_large)?;
+        if data.is_null() && count > 0 {
+            return Err(Error::argument(format!("NULL data for a tensor of shape {shape:?}"), ""));
+        }
+        let strides = match strides {
+            None => row_major(shape),
+            Some(given) if given.len() != shape.len() => {
+                let what = format!("{} strides for {} axes", given.len(), shape.len());
+                return Err(Error::argument(what, "pass one stride per axis, or NULL for row-major"));
+            }
+            Some(given) => {
+                let mut reach = 0usize;
+                let mut out = Vec::with_capacity(given.len());
+                for (&stride, &dim) in given.iter().zip(shape) {
+                    let stride = usize::try_from(stride).map_err(|_| {
+                        Error::argument(format!("stride {stride} is negative"), "flip the tensor first")
+                    })?;
+                    let span = stride.checked_mul(dim.saturating_sub(1)).ok_or_else(too_large)?;
+                    reach = reach.checked_add(span).ok_or_else(too_large)?;
+                    out.push(stride);
+                }
+                dtype::byte_len(dtype, &[reach.saturating_add(1)])
+                    .filter(|&n| n <= isize::MAX as usize)
+                    .ok_or_else(too_large)?;
+                out
+            }
+        };
+        Ok(View { data, device, dtype, shape: shape.to_vec(), strides })
+    }
+
+    /// A row-major view of bytes in host memory; `None` when their number does not fit the shape.
+    fn of_bytes(bytes: &[u8], dtype: Dtype, shape: &[usize]) -> Option<Self> {
+        (dtype::byte_len(dtype, shape)? == bytes.len()).then(|| View {
+            data: bytes.as_ptr().cast_mut(),
+            device: Device::Cpu,
+            dtype,
+            shape: shape.to_vec(),
+            strides: row_major(shape),
+        })
+    }
+
+    /// Size along each axis.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Distance between neighbours along each axis, in elements.
+    pub fn strides(&self) -> &[usize] {
+        &self.strides
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Where the memory is.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// First element's address, on [`View::device`].
+    pub fn data(&self) -> *mut u8 {
+        self.data
+    }
+
+    /// Number of elements.
+    pub fn count(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Bytes that the elements take when packed.
+    pub fn byte_len(&self) -> usize {
+        dtype::byte_len(self.dtype, &self.shape).unwrap_or(0)
+    }
+
+    /// Whether the elements lie row-major without holes.
+    pub fn is_contiguous(&self) -> bool {
+        self.count() == 0
+            || self
+                .strides
+                .iter()
+                .zip(row_major(&self.shape))
+                .zip(&self.shape)
+                .all(|((&s, r), &d)| d == 1 || s == r)
+    }
+
+    /// The part of the view that `slice` names.
+    pub fn narrow(&self, slice: Slice) -> Result<View> {
+        let Slice { axis, start, len } = slice;
+        let end = start.checked_add(len);
+        if axis >= self.shape.len() || end.is_none_or(|end| end > self.shape[axis]) {
+            let what = format!(
+                "a slice of {len} from {start} along axis {axis} is outside a tensor of shape {:?}",
+                self.shape
+            );
+            return Err(Error::argument(what, ""));
+        }
+        let mut part = self.clone();
+        part.shape[axis] = len;
+        if part.count() > 0 {
+            let bytes = start * self.strides[axis] * self.dtype.bitsize() / 8;
+            // SAFETY: `start` is an index of an axis whose elements the view reaches (checked above).
+            part.data = unsafe { self.data.add(bytes) };
+        }
+        Ok(part)
+    }
+
+    /// The bytes of a row-major host view.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        if self.device != Device::Cpu || !self.is_contiguous() {
+            return None;
+        }
+        if self.count() == 0 {
+            return Some(&[]);
+        }
+        // SAFETY: host memory, contiguous, and `from_raw`'s caller promised that it holds every element.
+        Some(unsafe { std::slice::from_raw_parts(self.data, self.byte_len()) })
+    }
+
+    /// All elements of a host view, row-major, as f32.
+    pub fn to_f32(&self, name: &str) -> Result<Vec<f32>> {
+        let rows = Rows::of(self, name)?;
+        let mut out = vec![0.0; rows.rows * rows.cols];
+        if rows.cols > 0 {
+            for (i, row) in out.chunks_exact_mut(rows.cols).enumerate() {
+                rows.read(i, row);
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// A host view seen as a matrix: the first axis are the rows, all others flattened the columns.
+///
+/// Rows may have any stride. When the columns do not lie side by side (channels-last, transposed) their offsets are tabulated once.
+pub struct Rows {
+    data: *mut u8,
+    float: Float,
+    /// Number of rows.
+    pub rows: usize,
+    /// Number of columns.
+    pub cols: usize,
+    row_stride: usize,
+    offsets: Option<Vec<usize>>,
+}
+
+// SAFETY: as `View`: an address and numbers; rows are disjoint, and `write` takes care that each is written by one thread.
+unsafe impl Send for Rows {}
+// SAFETY: as above.
+unsafe impl Sync for Rows {}
+
+impl Rows {
+    /// The matrix of `view`; an error when it is not in host memory or not of a dtype that can be computed.
+    pub fn of(view: &View, name: &str) -> Result<Self> {
+        if view.device != Device::Cpu {
+            return Err(Error::Device {
+                what: format!("`{name}` is on {}, this operation needs host memory", view.device),
+                hint: "use the build with libtorch for tensors on a GPU".into(),
+            });
+        }
+        let float = Float::require(view.dtype, name)?;
+        let rows = view.shape.first().copied().unwrap_or(1);
+        let inner = view.shape.get(1..).unwrap_or(&[]);
+        let cols: usize = inner.iter().product();
+        let row_stride = view.strides.first().copied().unwrap_or(0);
+        let strides = view.strides.get(1..).unwrap_or(&[]);
+        let packed = inner.iter().zip(strides).zip(row_major(inner)).all(|((&d, &s), r)| d == 1 || s == r);
+        let offsets = (!packed && cols > 0).then(|| {
+            let mut offsets = vec![0usize];
+            for (&dim, &stride) in inner.iter().zip(strides) {
+                offsets = offsets.iter().flat_map(|&o| (0..dim).map(move |i| o + i * stride)).collect();
+            }
+            offsets
+        });
+        Ok(Rows { data: view.data, float, rows, cols, row_stride, offsets })
+    }
+
+    /// Element type.
+    pub fn float(&self) -> Float {
+        self.float
+    }
+
+    fn row(&self, row: usize) -> *mut u8 {
+        assert!(row < self.rows);
+        // SAFETY: `row` is in range, so the address is one that the view reaches.
+        unsafe { self.data.add(row * self.row_stride * self.float.size()) }
+    }
+
+    /// Reads row `row` as f32.
+    pub fn read(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.cols);
+        let (start, size) = (self.row(row), self.float.size());
+        match &self.offsets {
+            // SAFETY: a packed row of `cols` elements that the view reaches.
+            None => self.float.read(unsafe { std::slice::from_raw_parts(start, self.cols * size) }, out),
+            Some(offsets) => {
+                for (o, &offset) in out.iter_mut().zip(offsets) {
+                    // SAFETY: every offset is one that shape and strides reach.
+                    let element = unsafe { std::slice::from_raw_parts(start.add(offset * size), size) };
+                    self.float.read(element, std::slice::from_mut(o));
+                }
+            }
+        }
+    }
+
+    /// Writes row `row`, rounded to nearest even.
+    ///
+    /// # Safety
+    /// No other thread may access this row at the same time.
+    pub unsafe fn write(&self, row: usize, values: &[f32]) {
+        assert_eq!(values.len(), self.cols);
+        let (start, size) = (self.row(row), self.float.size());
+        match &self.offsets {
+            None => {
+                // SAFETY: a packed row of `cols` elements that the view reaches; the caller is alone on it.
+                self.float.write(values, unsafe { std::slice::from_raw_parts_mut(start, self.cols * size) })
+            }
+            Some(offsets) => {
+                for (v, &offset) in values.iter().zip(offsets) {
+                    // SAFETY: every offset is one that shape and strides reach; the caller is alone on the row.
+                    let element = unsafe { std::slice::from_raw_parts_mut(start.add(offset * size), size) };
+                    self.float.write(std::slice::from_ref(v), element);
+                }
+            }
+        }
+    }
+
+    /// Copies row `row` of `from`, bit for bit. Both have the same dtype and number of columns.
+    ///
+    /// # Safety
+    /// No other thread may access this row at the same time.
+    pub unsafe fn copy_row(&self, from: &Rows, row: usize) {
+        assert!(self.cols == from.cols && self.float == from.float);
+        let size = self.float.size();
+        let (to, src) = (self.row(row), from.row(row));
+        if self.offsets.is_none() && from.offsets.is_none() {
+            // SAFETY: two packed rows of `cols` elements; `copy` allows them to be the same memory.
+            unsafe { std::ptr::copy(src, to, self.cols * size) };
+            return;
+        }
+        for i in 0..self.cols {
+            let at = |rows: &Rows| rows.offsets.as_ref().map_or(i, |o| o[i]) * size;
+            // SAFETY: offsets that both views reach.
+            unsafe { std::ptr::copy(src.add(at(from)), to.add(at(self)), size) };
+        }
+    }
+}
+
+/// A tensor and what keeps its memory alive: a mapped file, a vector, or a host that promised.
+#[derive(Clone)]
+pub struct Tensor {
+    view: View,
+    _keep: Arc<dyn Any + Send + Sync>,
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {:?} on {}", self.view.dtype, self.view.shape, self.view.device)
+    }
+}
+
+impl std::ops::Deref for Tensor {
+    type Target = View;
+    fn deref(&self) -> &View {
+        &self.view
+    }
+}
+
+impl Tensor {
+    /// A view whose memory `keep` holds alive.
+    pub fn new(view: View, keep: Arc<dyn Any + Send + Sync>) -> Self {
+        Tensor { view, _keep: keep }
+    }
+
+    /// A row-major tensor over `bytes`, which `keep` owns at a fixed address. `None` when their number does not fit the shape.
+    ///
+    /// # Safety
+    /// `bytes` must stay valid and unchanged for as long as `keep` lives.
+    pub unsafe fn of_bytes(
+        bytes: &[u8],
+        dtype: Dtype,
+        shape: &[usize],
+        keep: Arc<dyn Any + Send + Sync>,
+    ) -> Option<Self> {
+        Some(Tensor { view: View::of_bytes(bytes, dtype, shape)?, _keep: keep })
+    }
+
+    /// A row-major f32 tensor that owns its values.
+    pub fn of_f32(values: Vec<f32>, shape: &[usize]) -> Self {
+        assert_eq!(Some(values.len()), dtype::element_count(shape));
+        let keep = Arc::new(values);
+        let view = View {
+            data: keep.as_ptr().cast::<u8>().cast_mut(),
+            device: Device::Cpu,
+            dtype: Dtype::F32,
+            shape: shape.to_vec(),
+            strides: row_major(shape),
+        };
+        Tensor { view, _keep: keep }
+    }
+
+    /// The same elements under another shape; only for row-major tensors of the same count.
+    pub fn reshape(&self, shape: &[usize]) -> Option<Self> {
+        (self.view.is_contiguous() && dtype::element_count(shape) == Some(self.view.count())).then(|| {
+            let mut tensor = self.clone();
+            tensor.view.shape = shape.to_vec();
+            tensor.view.strides = row_major(shape);
+            tensor
+        })
+    }
+
+    /// The view itself.
+    pub fn view(&self) -> &View {
+        &self.view
+    }
+}
+
+/// Row-major strides of a shape.
+pub fn row_major(shape: &[usize]) -> Vec<usize> {
+    let mut strides = vec![1usize; shape.len()];
+    for i in (1..shape.len()).rev() {
+        strides[i - 1] = strides[i].saturating_mul(shape[i].max(1));
+    }
+    strides
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(data: &mut [f32], shape: &[usize], strides: Option<&[i64]>) -> Result<View> {
+        // SAFETY: the tests below pass shapes and strides that stay inside `data`, or that are refused.
+        unsafe { View::from_raw(data.as_mut_ptr().cast(), Device::Cpu, Dtype::F32, shape, strides) }
+    }
+
+    #[test]
+    fn any_strides_read_and_write_like_the_packed_tensor() {
+        // A [2, 3, 2] tensor stored channels-last: axis 1 is the fastest.
+        let mut stored: Vec<f32> = (0..12).map(|i| i as f32).collect();
+        let v = view(&mut stored, &[2, 3, 2], Some(&[6, 1, 3])).unwrap();
+        assert!(!v.is_contiguous());
+        assert_eq!(v.to_f32("t").unwrap(), [0., 3., 1., 4., 2., 5., 6., 9., 7., 10., 8., 11.]);
+        let rows = Rows::of(&v, "t").unwrap();
+        // SAFETY: one thread.
+        unsafe { rows.write(1, &[-1., -2., -3., -4., -5., -6.]) };
+        assert_eq!(stored[6..], [-1., -3., -5., -2., -4., -6.]);
+    }
+
+    #[test]
+    fn strided_rows_leave_the_neighbours_alone() {
+        let mut stored = vec![9f32; 12];
+        let v = view(&mut stored, &[3, 2], Some(&[4, 1])).unwrap();
+        let rows = Rows::of(&v, "t").unwrap();
+        // SAFETY: one thread.
+        unsafe { (0..3).for_each(|i| rows.write(i, &[1., 2.])) };
+        assert_eq!(stored, [1., 2., 9., 9., 1., 2., 9., 9., 1., 2., 9., 9.]);
+    }
+
+    #[test]
+    fn lies_are_refused() {
+        let mut stored = vec![0f32; 4];
+        assert!(view(&mut stored, &[usize::MAX, 3], None).is_err());
+        assert!(view(&mut stored, &[2, 2], Some(&[-1, 1])).is_err());
+        assert!(view(&mut stored, &[2, 2], Some(&[1])).is_err());
+        assert!(view(&mut stored, &[2, 2], Some(&[i64::MAX, i64::MAX])).is_err());
+        let v = view(&mut stored, &[2, 2], None).unwrap();
+        assert!(v.narrow(Slice { axis: 0, start: 1, len: 2 }).is_err());
+        assert!(v.narrow(Slice { axis: 2, start: 0, len: 1 }).is_err());
+        assert!(v.narrow(Slice { axis: 0, start: usize::MAX, len: 2 }).is_err());
+        assert_eq!(v.narrow(Slice { axis: 0, start: 1, len: 1 }).unwrap().shape(), [1, 2]);
+    }
+}

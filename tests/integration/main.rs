@@ -1,0 +1,10 @@
+//! All integration tests in one binary, by subject:
+//!
+//! - `header`: include/lycore.h is what cbindgen makes of src/ffi
+//! - `malformed`: one small file per way a file can lie (tests/malformed)
+//!
+//! The C ABI itself is tested from C and C++ (tests/c) and from Python (tests/python), where the oracles are.
+
+mod alloc;
+mod header;
+mod malformed;
