@@ -17,24 +17,32 @@ WITH_TORCH = LD_LIBRARY_PATH=$(TORCH_LIB)
 FULL := --release
 SMALL := --release --no-default-features --target-dir target/small
 
+# PREBUILT=1: use the libraries that are in target/ and the Python that is on the PATH; for machines without Rust.
+ifdef PREBUILT
+PY := python3
+READY :=
+endif
+
 .PHONY: all setup lib small header binding plugin demo test lint test-rust test-c test-python test-gpu bench bench-gpu clean
 
 all: lib small
 
 setup: $(READY)
 
+ifndef PREBUILT
 $(READY): tests/requirements.txt
 	@test -x $(PY) || { echo "setting up $(VENV) (once; torch is a download of about 3 GB)"; $(PYTHON) -m venv $(VENV); }
 	@$(PY) -m pip install --quiet --disable-pip-version-check --requirement tests/requirements.txt
 	@touch $@
+endif
 
 # The build with libtorch: everything, for processes that have this torch.
 lib: $(READY)
-	cargo build $(FULL)
+	$(if $(PREBUILT),,cargo build $(FULL))
 
 # The build without libtorch: load, merge, scale, convert, for any process.
 small:
-	cargo build $(SMALL)
+	$(if $(PREBUILT),,cargo build $(SMALL))
 
 # Regenerates what is generated and checked in.
 header:

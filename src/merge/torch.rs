@@ -97,9 +97,7 @@ pub fn merge(
                 }
             };
             let (up, down) = (factors.get(&op.up, device)?, factors.get(&op.down, device)?);
-            // part = part + s * up @ down, inside one fp32 product.
-            let product = part.f_addmm(&up.f_mul_scalar(term.strength * op.scale)?, &down)?;
-            part.f_copy_(&product)?;
+            let _ = part.f_addmm_(&up.f_mul_scalar(term.strength * op.scale)?, &down)?;
         }
         to.f_copy_(&sum.f_reshape(to.size())?)?;
         Ok(())

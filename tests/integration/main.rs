@@ -1,6 +1,7 @@
 //! All integration tests in one binary, by subject:
 //!
 //! - `header`: include/lycore.h is what cbindgen makes of src/ffi
+//! - `merge`: the CPU executor and the bypass against the formula in f64
 //! - `malformed`: one small file per way a file can lie (tests/malformed)
 //!
 //! The C ABI itself is tested from C and C++ (tests/c) and from Python (tests/python), where the oracles are.
@@ -8,3 +9,4 @@
 mod alloc;
 mod header;
 mod malformed;
+mod merge;

@@ -1,0 +1,152 @@
+"""The layer-side half of training: a module's forward and backward in torch's graph. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import byref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .errors import UnsupportedError
+from .tensor import Descriptor
+
+if TYPE_CHECKING:
+    from .network import Network
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Their outputs are fresh memory that no other node of the graph keeps, so the delta may be added in place.
+_FRESH = {nn.Linear, *_CONVOLUTIONS}
+
+
+class _Delta(torch.autograd.Function):
+    """`y = base + module(x)`. The anchor needs a gradient, so that backward runs also when neither x nor base does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: torch.Tensor,
+        x: torch.Tensor,
+        base: torch.Tensor,
+        network: Network,
+        index: int,
+        fresh: bool,
+        batched: bool,
+    ) -> torch.Tensor:
+        x = x.contiguous()
+        in_place = fresh and base.is_contiguous() and not base._is_view() and not (base.is_leaf and base.requires_grad)
+        y = base if in_place else base.clone(memory_format=torch.contiguous_format)
+        ctx.network, ctx.index, ctx.batched = network, index, batched
+        ctx.save_for_backward(x)
+        if in_place:
+            ctx.mark_dirty(base)
+        _call(network, "lycore_network_forward", index, batched, x, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        _call(ctx.network, "lycore_network_backward", ctx.index, ctx.batched, x, grad_y.contiguous(), grad_x)
+        return None, grad_x, grad_y if ctx.needs_input_grad[2] else None, None, None, None, None
+
+
+def _call(network: Network, function: str, index: int, batched: bool, *tensors: torch.Tensor | None) -> None:
+    owner = network._handle()
+    described = []
+    for tensor in tensors:
+        if tensor is not None:
+            tensor = tensor.detach()
+            described.append(Descriptor(tensor if batched else tensor.unsqueeze(0), network.names[index]))
+        else:
+            described.append(None)
+    arguments = [None if d is None else byref(d.c) for d in described]
+    device = tensors[0].device.type if tensors[0] is not None else "cpu"
+    # The library chooses its own compute dtype; the host's autocast on this thread must not change it.
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            owner.library.call(function, owner, index, *arguments, None)
+    else:
+        owner.library.call(function, owner, index, *arguments, None)
+
+
+def hook(network: Network, index: int, layer: nn.Module) -> Callable[..., torch.Tensor]:
+    """A forward hook (with_kwargs) that adds module `index` to the layer's output."""
+    anchor = torch.zeros((), requires_grad=True)
+    fresh = type(layer) in _FRESH
+    axes = len(layer.kernel_size) if isinstance(layer, _CONVOLUTIONS) else 0
+
+    def add(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        x = inputs[0] if inputs else named["input"]
+        batched = axes == 0 or x.ndim == axes + 2
+        # Another hook may have kept the output.
+        alone = fresh and len(layer._forward_hooks) == 1
+        return _Delta.apply(anchor, x, output, network, index, alone, batched)
+
+    return add
+
+
+def supported(layer: nn.Module) -> bool:
+    """Whether a module can be put on this layer."""
+    return isinstance(layer, (nn.Linear, *_CONVOLUTIONS))
+
+
+def shape_of(name: str, layer: nn.Module) -> tuple[tuple[int, ...], dict[str, Any] | None]:
+    """Shape of the layer's weight as it computes, and how a convolution slides (None for Linear)."""
+    if isinstance(layer, nn.Linear):
+        # Not the weight's own shape: quantised layers pack it.
+        return (layer.out_features, layer.in_features), None
+    if not isinstance(layer, _CONVOLUTIONS):
+        what = f"`{name}` is a {type(layer).__name__}; modules go on Linear, Conv1d, Conv2d and Conv3d layers."
+        raise UnsupportedError(what, key=name)
+    if layer.padding_mode != "zeros":
+        what = f"`{name}` pads with {layer.padding_mode!r}; only zeros are supported."
+        raise UnsupportedError(what, hint="leave this layer out", key=name)
+    shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    geometry = {
+        "stride": layer.stride,
+        "padding": _padding(name, layer),
+        "dilation": layer.dilation,
+        "groups": layer.groups,
+    }
+    return shape, geometry
+
+
+def _padding(name: str, layer: Any) -> tuple[int, ...]:
+    if layer.padding == "valid":
+        return (0,) * len(layer.kernel_size)
+    if layer.padding != "same":
+        return tuple(layer.padding)
+    total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    if any(t % 2 for t in total):
+        what = f"`{name}` pads its two sides differently ('same' with an even kernel)."
+        raise UnsupportedError(what, hint="leave this layer out", key=name)
+    return tuple(t // 2 for t in total)
+
+
+def view_of(address: int, count: int, cuda_index: int | None, owner: Any) -> torch.Tensor:
+    """A tensor over `count` fp32 numbers of the library, which keeps `owner` alive."""
+    if cuda_index is None:
+        import ctypes
+
+        memory = (ctypes.c_float * count).from_address(address)
+        memory._owner = owner  # type: ignore[attr-defined] # torch keeps `memory`
+        return torch.frombuffer(memory, dtype=torch.float32)
+    return torch.as_tensor(_CudaMemory(address, count, owner), device=f"cuda:{cuda_index}")
+
+
+class _CudaMemory:
+    """What torch reads device memory of others from."""
+
+    def __init__(self, address: int, count: int, owner: Any):
+        self.owner = owner
+        self.__cuda_array_interface__ = {
+            "shape": (count,),
+            "typestr": "<f4",
+            "data": (address, False),
+            "strides": None,
+            "version": 2,
+        }

@@ -1,0 +1,215 @@
+"""Training a host's own model: LyCore has the parameters, the arithmetic, optimizer, schedule, state and files; torch
+has the graph.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import byref, c_int64, c_uint64, sizeof
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from ._binding import (
+    LYCORE_BUFFER_GRADIENTS,
+    LYCORE_BUFFER_PARAMETERS,
+    LYCORE_DEVICE_CPU,
+    LYCORE_DEVICE_CUDA,
+    lycore_device,
+    lycore_step,
+    lycore_tensor,
+)
+from ._library import Owned, load
+from .adapter import encoded_path
+from .errors import AdapterKeyError, DeviceError, HandleError
+from .stack import geometry_of
+
+if TYPE_CHECKING:
+    import torch
+
+Targets = Callable[[str, "torch.nn.Module"], bool] | Sequence[str] | str
+"""Which layers: a function of name and layer, or patterns of names in which `*` stands for any text."""
+
+
+class Network:
+    """A set of modules in training, on the layers of a torch model.
+
+    `config` has sd-scripts' names where it has them; `Network.schema()` tells all keys with their defaults. Needs the
+    build with libtorch: LibraryError says what is missing. In this order: `attach` or `add`, `build`, then per step
+    the model's forward, `loss.backward()`, `step`. The base model needs no gradients: freeze it. One call at a time;
+    a second thread gets BusyError.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None = None):
+        library = load(torch=True)
+        text = json.dumps(dict(config or {})).encode()
+        self._owner: Owned | None = library.new("lycore_network_new", "lycore_network_free", text)
+        self.names: list[str] = []
+        """The layers' names, in the order in which they were added."""
+        self._hooks: list[Any] = []
+        self._device: Any = None
+
+    @staticmethod
+    def schema() -> str:
+        """The keys of a config with their defaults, one per line."""
+        return load(torch=True).text("lycore_network_schema")
+
+    def add(self, name: str, layer: torch.nn.Module) -> int:
+        """Puts a module on one layer (Linear, Conv1d, Conv2d, Conv3d) and returns its number.
+
+        `name` is the layer's dotted path, or a name as it shall stand in the file. From here on the layer's output
+        has the module's delta added, so run the model only after `build`.
+        """
+        from . import _autograd
+
+        shape, sliding = _autograd.shape_of(name, layer)
+        geometry = geometry_of(len(shape) - 2, **sliding) if sliding else None
+        index = c_uint64()
+        sizes = (c_int64 * len(shape))(*shape)
+        described = byref(geometry) if geometry else None
+        self._call("lycore_network_add_module", name.encode(), sizes, len(shape), described, byref(index))
+        # Numbers are given in order, from 0.
+        self.names.append(name)
+        self._hooks.append(layer.register_forward_hook(_autograd.hook(self, index.value, layer), with_kwargs=True))
+        if self._device is None:
+            self._device = next((p.device for p in layer.parameters()), None)
+        return index.value
+
+    def attach(self, model: torch.nn.Module, targets: Targets | None = None, *, prefix: str = "") -> list[str]:
+        """Puts modules on the layers of `model` that `targets` names (None: all that can have one); returns their
+        names in the model.
+
+        `prefix` stands before the names in the file, for example "lora_te1_" for a text encoder. AdapterKeyError when
+        nothing matches.
+        """
+        from . import _autograd
+
+        layers = [(name, layer) for name, layer in model.named_modules() if _autograd.supported(layer)]
+        chosen = [(name, layer) for name, layer in layers if _wanted(targets, name, layer)]
+        if not chosen:
+            first = layers[0][0] if layers else ""
+            hint = f"names look like `{first}`" if layers else "the model has no Linear or convolution"
+            raise AdapterKeyError(f"None of {len(layers)} layers matches {targets!r}.", hint=hint, key=str(targets))
+        for name, layer in chosen:
+            self.add(prefix + name, layer)
+        return [name for name, _ in chosen]
+
+    def detach(self) -> None:
+        """Takes the modules off the layers; the model computes as before. Parameters and state stay."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
+
+    def build(self, device: str | torch.device | None = None) -> None:
+        """Allocates parameters, gradients and optimizer state, by default on the first layer's device, and
+        initialises them.
+        """
+        import torch
+
+        place = torch.device(device if device is not None else self._device or "cpu")
+        if place.type not in ("cpu", "cuda"):
+            raise DeviceError(f"A network cannot be on {place}.", hint="use the CPU or a CUDA device")
+        if place.type == "cpu":
+            described = lycore_device(LYCORE_DEVICE_CPU, 0)
+        else:
+            index = place.index if place.index is not None else torch.cuda.current_device()
+            described = lycore_device(LYCORE_DEVICE_CUDA, index)
+        self._call("lycore_network_build", described)
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step from the gradients summed so far: clip, update, clear. In the middle of an accumulation
+        it only counts.
+
+        Returns {"step", "learning_rate", "gradient_norm", "updated"}. TrainError for a gradient that is not finite;
+        parameters, state and step count are then as before.
+        """
+        done = lycore_step(struct_size=sizeof(lycore_step))
+        self._call("lycore_network_step", None, byref(done))
+        return {
+            "step": done.step,
+            "learning_rate": done.learning_rate,
+            "gradient_norm": done.gradient_norm,
+            "updated": done.updated,
+        }
+
+    def zero_gradients(self) -> None:
+        """Clears the gradients, for example after a batch that shall not count."""
+        self._call("lycore_network_zero_gradients", None)
+
+    @property
+    def parameters(self) -> torch.Tensor:
+        """All parameters, fp32, flat, on the network's device; a view, so that writing it changes them."""
+        return self._buffer(LYCORE_BUFFER_PARAMETERS)
+
+    @property
+    def gradients(self) -> torch.Tensor:
+        """All gradients summed since the last update, laid out as `parameters`; a view, for example for an
+        all-reduce.
+        """
+        return self._buffer(LYCORE_BUFFER_GRADIENTS)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trainable parameters."""
+        owner = self._handle()
+        return owner.library.functions.lycore_network_parameter_count(owner)
+
+    def save(
+        self, path: str | os.PathLike[str], dtype: str = "fp32", metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Writes the adapter as a kohya safetensors file, whole or not at all.
+
+        `dtype` is "fp32", "fp16" or "bf16"; `metadata` is added.
+        """
+        added = None if metadata is None else json.dumps(dict(metadata)).encode()
+        self._call("lycore_network_save", encoded_path(os.fspath(path)), dtype.encode(), added)
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything that a resumed run needs to go on bit for bit. The order of the data is the host's."""
+        self._call("lycore_network_save_state", encoded_path(os.fspath(path)))
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Reads what `save_state` wrote, into a built network of the same modules and config."""
+        self._call("lycore_network_load_state", encoded_path(os.fspath(path)))
+
+    def load_weights(self, path: str | os.PathLike[str]) -> int:
+        """Starts from an adapter file instead of a fresh initialisation; returns how many modules were found in it."""
+        found = c_uint64()
+        self._call("lycore_network_load_weights", encoded_path(os.fspath(path)), byref(found))
+        return found.value
+
+    def close(self) -> None:
+        """Takes the modules off the layers and frees the network, once no view of its buffers is left.
+
+        What was not saved is gone.
+        """
+        self.detach()
+        self._owner = None
+
+    def _buffer(self, which: int) -> torch.Tensor:
+        from . import _autograd
+
+        described = lycore_tensor()
+        self._call("lycore_network_buffer", which, byref(described))
+        cuda_index = described.device.device_id if described.device.device_type == LYCORE_DEVICE_CUDA else None
+        address = (described.data or 0) + described.byte_offset
+        return _autograd.view_of(address, described.shape[0], cuda_index, self._handle())
+
+    def _handle(self) -> Owned:
+        if self._owner is None:
+            raise HandleError("The network is closed.")
+        return self._owner
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        owner = self._handle()
+        owner.library.call(function, owner, *arguments)
+
+
+def _wanted(targets: Targets | None, name: str, layer: torch.nn.Module) -> bool:
+    if targets is None:
+        return True
+    if callable(targets):
+        return bool(targets(name, layer))
+    patterns = [targets] if isinstance(targets, str) else targets
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,253 @@
+//! The CPU executor against the formula in f64: random shapes, slices along both axes, several terms, every dtype, in place and not.
+
+use lycore::dtype::{Dtype, Float};
+use lycore::merge::bypass::{self, Geometry};
+use lycore::merge::cpu;
+use lycore::merge::ops::{LowRank, Op, Term};
+use lycore::view::{Device, Slice, Tensor, View};
+
+/// xorshift64*: the same cases in every run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() >> 33) as usize % n
+    }
+
+    fn value(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    fn values(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.value()).collect()
+    }
+}
+
+fn view(bytes: &mut [u8], float: Float, shape: &[usize]) -> View {
+    // SAFETY: the tests keep the bytes alive and use them from one place at a time.
+    unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, float.dtype(), shape, None) }
+        .expect("a good view")
+}
+
+fn packed(float: Float, values: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; values.len() * float.size()];
+    float.write(values, &mut bytes);
+    bytes
+}
+
+fn unpacked(float: Float, bytes: &[u8]) -> Vec<f32> {
+    let mut values = vec![0.0; bytes.len() / float.size()];
+    float.read(bytes, &mut values);
+    values
+}
+
+/// Distance to the next value of this dtype at the size of `value`.
+fn ulp(float: Float, value: f64) -> f64 {
+    let digits = match float {
+        Float::F32 => 23,
+        Float::F16 => 10,
+        Float::BF16 => 7,
+    };
+    let exponent = value.abs().max(2f64.powi(-14)).log2().floor();
+    2f64.powf(exponent - f64::from(digits))
+}
+
+#[test]
+fn merge_is_the_formula_rounded_once() {
+    let mut random = Random(11);
+    for case in 0..400 {
+        let float = [Float::F32, Float::F16, Float::BF16][case % 3];
+        let (rows, channels, kernel) =
+            (1 + random.below(300), 1 + random.below(40), [1, 3, 9][random.below(3)]);
+        let shape = [rows, channels, kernel];
+        let cols = channels * kernel;
+        let base = packed(float, &random.values(rows * cols));
+        let mut want: Vec<f64> = unpacked(float, &base).into_iter().map(f64::from).collect();
+        let mut size: Vec<f64> = want.iter().map(|v| v.abs()).collect();
+        let mut touched = vec![false; want.len()];
+        let mut parts = Vec::new();
+        for _ in 0..random.below(4) {
+            let slice = match random.below(3) {
+                0 => None,
+                axis => {
+                    let total = if axis == 1 { rows } else { channels };
+                    let start = random.below(total);
+                    Some(Slice { axis: axis - 1, start, len: 1 + random.below(total - start) })
+                }
+            };
+            let pick =
+                |axis, total| slice.filter(|s| s.axis == axis).map_or((0, total), |s| (s.start, s.len));
+            let ((r0, rn), (c0, cn)) = (pick(0, rows), pick(1, channels));
+            let (rank, width) = (1 + random.below(20), cn * kernel);
+            let (up, down) = (random.values(rn * rank), random.values(rank * width));
+            let (strength, scale) = (f64::from(random.value()) * 2.0, f64::from(random.value()));
+            for r in 0..rn {
+                for c in 0..width {
+                    let at = (r0 + r) * cols + c0 * kernel + c;
+                    touched[at] = true;
+                    for k in 0..rank {
+                        let product =
+                            strength * scale * f64::from(up[r * rank + k]) * f64::from(down[k * width + c]);
+                        want[at] += product;
+                        size[at] += product.abs();
+                    }
+                }
+            }
+            let op = Op::LowRank(LowRank {
+                up: Tensor::of_f32(up, &[rn, rank]),
+                down: Tensor::of_f32(down, &[rank, width]),
+                scale,
+            });
+            parts.push((op, strength, slice));
+        }
+        let terms: Vec<Term<'_>> = parts
+            .iter()
+            .map(|(op, strength, slice)| Term { op, strength: *strength, slice: *slice })
+            .collect();
+        let (mut from, mut to) = (base.clone(), vec![0xff; base.len()]);
+        cpu::merge("w", &view(&mut from, float, &shape), &view(&mut to, float, &shape), &terms)
+            .expect("merge");
+        assert_eq!(from, base, "the base of a merge elsewhere is only read");
+        let target = view(&mut from, float, &shape);
+        cpu::merge("w", &target, &target, &terms).expect("merge in place");
+        assert_eq!(from, to, "in place and elsewhere are the same bits");
+        for (i, got) in unpacked(float, &to).into_iter().enumerate() {
+            if !touched[i] {
+                let bits = i * float.size()..(i + 1) * float.size();
+                assert_eq!(to[bits.clone()], base[bits], "case {case}: untouched element {i} keeps its bits");
+                continue;
+            }
+            // Half a step of the result's dtype, and the sums' own rounding: at most 64 additions of f32.
+            let bound = 0.5 * ulp(float, want[i]) + 64.0 * 2f64.powi(-24) * size[i];
+            assert!(
+                (f64::from(got) - want[i]).abs() <= bound,
+                "case {case}, element {i}: {got} for {}",
+                want[i]
+            );
+        }
+    }
+}
+
+#[test]
+fn strength_zero_keeps_every_bit() {
+    // A negative zero and a NaN with a payload would not survive an addition.
+    let bits: [u16; 4] = [0x8000, 0x7fc1, 0x0001, 0x3f80];
+    let mut bytes: Vec<u8> = bits.iter().flat_map(|b| b.to_le_bytes()).collect();
+    let op = Op::LowRank(LowRank {
+        up: Tensor::of_f32(vec![1.0; 2], &[2, 1]),
+        down: Tensor::of_f32(vec![1.0; 2], &[1, 2]),
+        scale: 1.0,
+    });
+    let target = view(&mut bytes, Float::BF16, &[2, 2]);
+    cpu::merge("w", &target, &target, &[Term { op: &op, strength: 0.0, slice: None }]).expect("merge");
+    assert_eq!(bytes, bits.iter().flat_map(|b| b.to_le_bytes()).collect::<Vec<u8>>());
+}
+
+#[test]
+fn bypass_is_the_convolution_of_the_delta() {
+    let mut random = Random(5);
+    for case in 0..120 {
+        let groups = [1, 1, 2][random.below(3)];
+        let (channels, out, rank) =
+            (1 + random.below(5), groups * (1 + random.below(5)), 1 + random.below(4));
+        let axes = 1 + random.below(3);
+        let dims = |r: &mut Random, low: usize, range: usize| {
+            (0..axes).map(|_| low + r.below(range)).collect::<Vec<_>>()
+        };
+        let (kernel, stride) = (dims(&mut random, 1, 3), dims(&mut random, 1, 2));
+        let (padding, dilation) = (dims(&mut random, 0, 3), dims(&mut random, 1, 2));
+        let input = dims(&mut random, 6, 4);
+        let output: Vec<usize> = (0..axes)
+            .map(|a| (input[a] + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1) / stride[a] + 1)
+            .collect();
+        let taps: usize = kernel.iter().product();
+        let (up, down) = (random.values(out * rank), random.values(rank * channels * taps));
+        let x_shape = [vec![2, channels * groups], input.clone()].concat();
+        let y_shape = [vec![2, out], output.clone()].concat();
+        let (x, y) = (random.values(x_shape.iter().product()), random.values(y_shape.iter().product()));
+
+        let mut want: Vec<f64> = y.iter().map(|v| f64::from(*v)).collect();
+        let (pixels_in, pixels) = (input.iter().product::<usize>(), output.iter().product::<usize>());
+        let at = |mut index: usize, sizes: &[usize]| {
+            let mut place = vec![0; sizes.len()];
+            for a in (0..sizes.len()).rev() {
+                place[a] = index % sizes[a];
+                index /= sizes[a];
+            }
+            place
+        };
+        for n in 0..2 {
+            for o in 0..out {
+                let group = o / (out / groups);
+                for p in 0..pixels {
+                    let place = at(p, &output);
+                    for tap in 0..taps {
+                        let shift = at(tap, &kernel);
+                        let from: Option<usize> = (0..axes).try_fold(0, |sum, a| {
+                            let i =
+                                (place[a] * stride[a] + shift[a] * dilation[a]).checked_sub(padding[a])?;
+                            (i < input[a]).then_some(sum * input[a] + i)
+                        });
+                        let Some(from) = from else { continue };
+                        for c in 0..channels {
+                            let weight: f64 = (0..rank)
+                                .map(|k| {
+                                    f64::from(up[o * rank + k])
+                                        * f64::from(down[(k * channels + c) * taps + tap])
+                                })
+                                .sum();
+                            let pixel = x[((n * groups + group) * channels + c) * pixels_in + from];
+                            want[(n * out + o) * pixels + p] += 0.7 * 0.5 * weight * f64::from(pixel);
+                        }
+                    }
+                }
+            }
+        }
+
+        let (mut x, mut y) = (packed(Float::F32, &x), packed(Float::F32, &y));
+        let down = Tensor::of_f32(down, &[rank, channels * taps]);
+        let op = Op::LowRank(LowRank { up: Tensor::of_f32(up, &[out, rank]), down, scale: 0.5 });
+        let weight = [vec![out, channels], kernel].concat();
+        let geometry = Geometry { stride, padding, dilation, groups };
+        let (x, target) = (view(&mut x, Float::F32, &x_shape), view(&mut y, Float::F32, &y_shape));
+        bypass::forward(
+            "w",
+            &weight,
+            &geometry,
+            &x,
+            &target,
+            &[Term { op: &op, strength: 0.7, slice: None }],
+        )
+        .expect("forward");
+        for (i, (got, want)) in unpacked(Float::F32, &y).into_iter().zip(&want).enumerate() {
+            // Sums of a few hundred f32 products of numbers below 1.
+            assert!((f64::from(got) - want).abs() < 2e-5, "case {case}, element {i}: {got} for {want}");
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let mut bytes = vec![0u8; 24];
+    let target = view(&mut bytes, Float::F32, &[2, 3]);
+    let op = Op::LowRank(LowRank {
+        up: Tensor::of_f32(vec![1.0; 3], &[3, 1]),
+        down: Tensor::of_f32(vec![1.0; 3], &[1, 3]),
+        scale: 1.0,
+    });
+    let error =
+        cpu::merge("w", &target, &target, &[Term { op: &op, strength: 1.0, slice: None }]).unwrap_err();
+    assert!(error.to_string().contains("[2, 3]") && error.to_string().contains("[3, 3]"), "{error}");
+    // SAFETY: nothing is read from a view that is refused for its dtype.
+    let ints = unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, Dtype::I32, &[2, 3], None) }
+        .expect("a good view");
+    let error = cpu::merge("ids", &ints, &ints, &[]).unwrap_err();
+    assert!(error.to_string().contains("ids") && error.to_string().contains("I32"), "{error}");
+}

@@ -1,0 +1,15 @@
+"""Training needs torch and the build with libtorch; the folder's tests are skipped, with the reason, without them."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch")
+
+
+@pytest.fixture(autouse=True)
+def _two_threads(torch_library):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
