@@ -78,8 +78,8 @@ test-rust: lib small
 	$(WITH_TORCH) cargo test $(FULL)
 
 test-c: lib small
-	tests/c/run.sh target/small/release
-	$(WITH_TORCH) tests/c/run.sh target/release
+	tests/c/run.sh target/small/release --asan
+	$(WITH_TORCH) tests/c/run.sh target/release --asan
 
 test-python: lib small
 	$(PY) -m pytest -q tests/python

@@ -4,6 +4,8 @@ fn main() {
     println!("cargo:rerun-if-changed=src/torch_ext/torch_ext.cpp");
     // Cargo gives a cdylib no SONAME; without one a program that links it records the path of the build folder.
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,liblycore.so");
+    // tch and its dependencies mark C functions for export; two libraries with a tch inside must not bind each other's.
+    println!("cargo:rustc-cdylib-link-arg=-Wl,--exclude-libs,ALL");
     if std::env::var_os("CARGO_FEATURE_TORCH").is_none() {
         return;
     }

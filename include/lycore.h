@@ -503,7 +503,7 @@ lycore_status lycore_stack_forward(struct lycore_stack *stack,
                                    struct lycore_error **error);
 
 // The load report of adapter `id` as JSON: as lycore_adapter_report, with "matched" and "unmatched" in the summary, "target" in every
-// module, and "nearest" beside unmatched keys. `json` becomes a text that the caller frees with lycore_text_free.
+// module (null when it found none; "slice": {"axis", "start", "length"} when it is a part), and "nearest" beside unmatched keys. `json` becomes a text that the caller frees with lycore_text_free.
 //
 // # Safety
 // `json` may be written. `error` is NULL or may be written.

@@ -59,7 +59,11 @@ pub fn json(adapter: &Adapter, binding: Option<&Binding>) -> Value {
                 "bytes": tensors.iter().map(|(_, t)| t.byte_len()).sum::<usize>(),
             });
             if let Some(binding) = binding {
-                entry["target"] = json!(binding.target_name(i));
+                let (target, slice) = binding.target(i).unzip();
+                entry["target"] = json!(target);
+                if let Some(s) = slice.flatten() {
+                    entry["slice"] = json!({"axis": s.axis, "start": s.start, "length": s.len});
+                }
             }
             entry
         })

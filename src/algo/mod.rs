@@ -71,7 +71,7 @@ pub fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
         },
         None => Err(match foreign(&["alpha"]) {
             Some(name) => unsupported(name),
-            None => malformed(module, "has an alpha but no factors"),
+            None => malformed(module, "has no factors"),
         }),
     }
 }

@@ -105,12 +105,11 @@ pub(super) unsafe fn text<'a>(text: *const c_char, name: &'static str) -> Outcom
 /// # Safety
 /// As [`text`].
 pub(super) unsafe fn optional_text<'a>(given: *const c_char, name: &'static str) -> Outcome<Option<&'a str>> {
-    // SAFETY: the caller's promise.
     if given.is_null() {
-        Ok(None)
-    } else {
-        unsafe { text(given, name) }.map(Some)
+        return Ok(None);
     }
+    // SAFETY: the caller's promise.
+    unsafe { text(given, name) }.map(Some)
 }
 
 /// A place for a result, checked before the work so that nothing is done in vain.

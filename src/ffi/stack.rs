@@ -10,7 +10,7 @@ use super::tensor::{in_scope, lycore_slice, lycore_tensor, slice, view};
 use crate::algo::{self, Group};
 use crate::error::Error;
 use crate::merge::bypass::Geometry;
-use crate::merge::ops::{Op, Term};
+use crate::merge::ops::{Op, Region, Term};
 use crate::merge::plan::Strengths;
 use crate::merge::restore::BackupPlace;
 use crate::merge::stack::Stack;
@@ -120,6 +120,10 @@ pub(super) unsafe fn geometry(given: *const lycore_geometry) -> Outcome<Geometry
     // SAFETY: the caller's promises.
     unsafe {
         let given = boundary::sized(given, "geometry")?;
+        if !(1..=3).contains(&given.axes) {
+            let message = format!("`geometry`: axes is {}, it must be 1 to 3", given.axes);
+            return Err(Failure::boundary(LYCORE_BAD_ARGUMENT, message));
+        }
         let values = |data: *const i64, default: usize, name: &'static str| -> Outcome<Vec<usize>> {
             if data.is_null() {
                 return Ok(vec![default]);
@@ -358,7 +362,7 @@ pub unsafe extern "C" fn lycore_stack_forward(
 }
 
 /// The load report of adapter `id` as JSON: as lycore_adapter_report, with "matched" and "unmatched" in the summary, "target" in every
-/// module, and "nearest" beside unmatched keys. `json` becomes a text that the caller frees with lycore_text_free.
+/// module (null when it found none; "slice": {"axis", "start", "length"} when it is a part), and "nearest" beside unmatched keys. `json` becomes a text that the caller frees with lycore_text_free.
 ///
 /// # Safety
 /// `json` may be written. `error` is NULL or may be written.
@@ -439,29 +443,23 @@ unsafe fn lower(name: &str, shape: &[usize], patch: &lycore_patch) -> Outcome<(O
                 }
                 .into());
             };
+            if group.get(slot).is_some() {
+                return Err(Failure::boundary(
+                    LYCORE_BAD_ARGUMENT,
+                    format!("`{name}`: `{slot}` is given twice"),
+                ));
+            }
             group.tensors.push((slot, Tensor::new(view(tensor, "patch.tensors")?, Arc::new(()))));
         }
         let slice = slice(patch.slice);
-        let mut shape = shape.to_vec();
-        if let Some(s) = slice {
-            match shape.get_mut(s.axis) {
-                Some(size) if s.start.checked_add(s.len).is_some_and(|end| end <= *size) => *size = s.len,
-                _ => {
-                    let message = format!(
-                        "`{name}`: a slice of {} from {} along axis {} is outside {shape:?}",
-                        s.len, s.start, s.axis
-                    );
-                    return Err(Failure::boundary(LYCORE_BAD_ARGUMENT, message));
-                }
-            }
-        }
+        let region = Region::of(name, shape, slice)?;
         if !patch.strength.is_finite() {
             return Err(Failure::boundary(
                 LYCORE_BAD_ARGUMENT,
                 format!("`{name}`: strength is {}", patch.strength),
             ));
         }
-        let op = algo::read(name, &group)?.lower(name, &shape)?;
+        let op = algo::read(name, &group)?.lower(name, &region.shape)?;
         Ok((op, patch.strength, slice))
     }
 }

@@ -1,7 +1,7 @@
 //! Tensors of the host, described as DLPack's `DLTensor` does, field for field.
 
 use super::boundary::{self, Failure, Outcome};
-use super::status::lycore_status::LYCORE_BAD_ARGUMENT;
+use super::status::lycore_status::{LYCORE_BAD_ARGUMENT, LYCORE_NULL_ARGUMENT};
 use crate::dtype::Dtype;
 use crate::error::Error;
 use crate::view::{Device, Slice, View};
@@ -96,9 +96,8 @@ pub(super) unsafe fn slice(slice: *const lycore_slice) -> Option<Slice> {
 /// `tensor` is NULL or points to a descriptor of memory that stays valid as the export's description says.
 pub(super) unsafe fn view(tensor: *const lycore_tensor, name: &'static str) -> Outcome<View> {
     // SAFETY: the caller's promise.
-    let tensor = unsafe { tensor.as_ref() }.ok_or_else(|| {
-        Failure::boundary(super::status::lycore_status::LYCORE_NULL_ARGUMENT, format!("`{name}` is NULL"))
-    })?;
+    let tensor = unsafe { tensor.as_ref() }
+        .ok_or_else(|| Failure::boundary(LYCORE_NULL_ARGUMENT, format!("`{name}` is NULL")))?;
     let bad = |why: String| Failure::boundary(LYCORE_BAD_ARGUMENT, format!("`{name}`: {why}"));
     if !(0..=LYCORE_MAX_DIMS).contains(&tensor.ndim) {
         return Err(bad(format!("ndim is {}, it must be 0 to {LYCORE_MAX_DIMS}", tensor.ndim)));
@@ -133,9 +132,18 @@ pub(super) unsafe fn view(tensor: *const lycore_tensor, name: &'static str) -> O
             }))
         }
     };
-    let offset = usize::try_from(tensor.byte_offset).map_err(|_| bad("byte_offset is too large".into()))?;
-    let data = tensor.data.cast::<u8>().wrapping_add(offset);
-    let data = if tensor.data.is_null() { std::ptr::null_mut() } else { data };
+    let data = if tensor.data.is_null() {
+        if !shape.contains(&0) {
+            let message = format!("`{name}`: data is NULL for a tensor of shape {shape:?}");
+            return Err(Failure::boundary(LYCORE_NULL_ARGUMENT, message));
+        }
+        std::ptr::null_mut()
+    } else {
+        let offset = usize::try_from(tensor.byte_offset).ok();
+        let end = offset.and_then(|offset| (tensor.data as usize).checked_add(offset));
+        end.ok_or_else(|| bad(format!("byte_offset {} leads around the end of memory", tensor.byte_offset)))?;
+        tensor.data.cast::<u8>().wrapping_add(tensor.byte_offset as usize)
+    };
     // SAFETY: the caller's promise about the memory.
     let view = unsafe { View::from_raw(data, device, dtype, &shape, strides) };
     view.map_err(|e| bad(e.to_string()))

@@ -123,8 +123,13 @@ impl Layout {
         }
         let mut expected = vec![x[0], weight[0]];
         for axis in 0..axes {
-            let reach = dilation[axis] * (kernel[axis].max(1) - 1) + 1;
-            let padded = x[axis + 2] + 2 * padding[axis];
+            let reach = dilation[axis].checked_mul(kernel[axis].max(1) - 1).and_then(|n| n.checked_add(1));
+            let padded = padding[axis].checked_mul(2).and_then(|n| n.checked_add(x[axis + 2]));
+            let (Some(reach), Some(padded)) = (reach, padded) else {
+                let what =
+                    format!("`{name}`: dilation {dilation:?} or padding {padding:?} is beyond any size");
+                return Err(Error::argument(what, ""));
+            };
             if padded < reach {
                 return Err(wrong("input smaller than the kernel", kernel, &x[2..]));
             }
@@ -168,7 +173,7 @@ pub fn forward(
             "call .contiguous() first",
         ));
     };
-    if y.count() == 0 {
+    if y.count() == 0 || weight.contains(&0) {
         return Ok(());
     }
     // SAFETY: y is row-major host memory that the caller lent for writing (`View::from_raw`).

@@ -1,7 +1,7 @@
 //! The executor for host memory: one pass over each weight, accumulation in f32 over all terms, one rounding.
 
 use super::gemm::{add_product, pool, Mat};
-use super::ops::{Op, Term};
+use super::ops::{Op, Region, Term};
 use crate::error::{Error, Result};
 use crate::view::{Rows, View};
 use rayon::prelude::*;
@@ -74,17 +74,7 @@ pub fn merge(name: &str, base: &View, out: &View, terms: &[Term<'_>]) -> Result<
 
 fn prepare(name: &str, shape: &[usize], term: &Term<'_>) -> Result<Ready> {
     let Op::LowRank(op) = term.op;
-    let cols: usize = shape.iter().skip(1).product();
-    let per_index = cols / shape.get(1).copied().unwrap_or(1).max(1);
-    let (rows, cols) = match term.slice {
-        None => (0..shape.first().copied().unwrap_or(1), 0..cols),
-        Some(s) if s.axis == 0 => (s.start..s.start + s.len, 0..cols),
-        Some(s) if s.axis == 1 => (0..shape[0], s.start * per_index..(s.start + s.len) * per_index),
-        Some(s) => {
-            let what = format!("`{name}`: slices along axis {} are not supported", s.axis);
-            return Err(Error::argument(what, "slice along axis 0 (rows) or 1 (columns)"));
-        }
-    };
+    let Region { rows, cols, .. } = Region::of(name, shape, term.slice)?;
     let rank = op.up.shape()[1];
     if [op.up.shape()[0], op.down.shape()[1]] != [rows.len(), cols.len()] {
         return Err(Error::Shape {

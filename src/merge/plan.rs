@@ -1,6 +1,6 @@
 //! Adapters x targets -> work: which module changes which weight, and what keeps the others from doing so.
 
-use super::ops::Op;
+use super::ops::{Op, Region};
 use crate::adapter::Adapter;
 use crate::error::{Error, Result};
 use crate::names::{part_of, Index, Part};
@@ -43,7 +43,7 @@ pub struct Binding {
     /// The modules that found their weights.
     pub bound: Vec<Bound>,
     problems: HashMap<String, Problem>,
-    target_names: HashMap<usize, String>,
+    found: HashMap<usize, (String, Option<Slice>)>,
 }
 
 impl Binding {
@@ -57,27 +57,13 @@ impl Binding {
                 continue;
             };
             let (name, shape) = targets[target];
-            let mut shape = shape.to_vec();
-            let lowered = match slice {
-                Some(s) if s.axis >= shape.len() || s.start + s.len > shape[s.axis] => Err(Error::argument(
-                    format!(
-                        "`{name}`: a slice of {} from {} along axis {} is outside {shape:?}",
-                        s.len, s.start, s.axis
-                    ),
-                    "",
-                )),
-                _ => {
-                    if let Some(s) = slice {
-                        shape[s.axis] = s.len;
-                    }
-                    module.algorithm.lower(&module.name, &shape)
-                }
-            };
+            let lowered = Region::of(name, shape, slice)
+                .and_then(|region| module.algorithm.lower(&module.name, &region.shape));
             match lowered {
                 Ok(op) => {
                     let part = part_of(&module.name, name);
                     binding.bound.push(Bound { module: i, target, slice, op, part });
-                    binding.target_names.insert(i, name.to_owned());
+                    binding.found.insert(i, (name.to_owned(), slice));
                 }
                 Err(e) => {
                     binding.problems.insert(
@@ -103,9 +89,9 @@ impl Binding {
         self.problems.len()
     }
 
-    /// The target that module `i` changes.
-    pub fn target_name(&self, module: usize) -> Option<&str> {
-        self.target_names.get(&module).map(String::as_str)
+    /// The target that module `i` changes, and the part of it.
+    pub fn target(&self, module: usize) -> Option<(&str, Option<Slice>)> {
+        self.found.get(&module).map(|(name, slice)| (name.as_str(), *slice))
     }
 
     fn nothing_matches(&self, adapter: &Adapter, targets: &[(&str, &[usize])]) -> Error {

@@ -1,7 +1,7 @@
 //! Targets + adapters + strengths: apply, change, restore.
 
 use super::bypass::Geometry;
-use super::ops::Term;
+use super::ops::{Region, Term};
 use super::plan::{Binding, Strengths};
 use super::restore::{Backup, BackupPlace};
 use super::Prepared;
@@ -94,9 +94,7 @@ impl Stack {
     /// Makes `spelling` (an adapter's module name) mean `target`, or a slice of it. Wins over every built-in rule.
     pub fn add_alias(&mut self, spelling: &str, target: &str, slice: Option<Slice>) -> Result<()> {
         let index = self.target(target)?;
-        if let Some(slice) = slice {
-            self.targets[index].weight.narrow(slice)?;
-        }
+        Region::of(target, self.targets[index].weight.shape(), slice)?;
         self.aliases.push((spelling.to_owned(), index, slice));
         self.index = None;
         Ok(())
@@ -208,6 +206,18 @@ impl Stack {
         for (done, &i) in due.iter().enumerate() {
             progress.at(done as u64, due.len() as u64)?;
             let target = &mut self.targets[i];
+            let weight = &target.weight;
+            if weight.strides().iter().zip(weight.shape()).any(|(&stride, &size)| stride == 0 && size > 1) {
+                let what = format!(
+                    "target `{}` is an expanded tensor: strides {:?} repeat elements",
+                    target.name,
+                    weight.strides()
+                );
+                return Err(Error::argument(
+                    what,
+                    "call .contiguous() on it, and use the result in the model",
+                ));
+            }
             if target.backup.is_none() {
                 target.backup = Some(Backup::of(&target.name, &target.weight, self.place)?);
             }

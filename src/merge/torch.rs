@@ -3,7 +3,7 @@
 //! Sums run in fp32 with TF32 off (`torch_ext::Scope` around every call from outside) and are rounded once by the final copy.
 
 use super::bypass::{Geometry, Layout};
-use super::ops::{Op, Term};
+use super::ops::{Op, Region, Term};
 use super::restore::BackupPlace;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -84,18 +84,9 @@ pub fn merge(
         let sum = if fresh { sum } else { packed(&sum, sum.device())? }.f_reshape([rows, -1])?;
         for term in terms {
             let Op::LowRank(op) = term.op;
-            let mut part = match term.slice {
-                None => sum.shallow_clone(),
-                Some(s) if s.axis == 0 => sum.f_narrow(0, s.start as i64, s.len as i64)?,
-                Some(s) if s.axis == 1 => {
-                    let per_index = sum.size()[1] / base.shape()[1].max(1) as i64;
-                    sum.f_narrow(1, s.start as i64 * per_index, s.len as i64 * per_index)?
-                }
-                Some(s) => {
-                    let what = format!("`{name}`: slices along axis {} are not supported", s.axis);
-                    return Err(Error::argument(what, "slice along axis 0 (rows) or 1 (columns)"));
-                }
-            };
+            let Region { rows, cols, .. } = Region::of(name, base.shape(), term.slice)?;
+            let part = sum.f_narrow(0, rows.start as i64, rows.len() as i64)?;
+            let mut part = part.f_narrow(1, cols.start as i64, cols.len() as i64)?;
             let (up, down) = (factors.get(&op.up, device)?, factors.get(&op.down, device)?);
             let _ = part.f_addmm_(&up.f_mul_scalar(term.strength * op.scale)?, &down)?;
         }

@@ -6,10 +6,10 @@ import io
 import json
 import os
 import pty
+import resource
 import signal
 import subprocess
 import sys
-import time
 
 import numpy
 import pytest
@@ -138,13 +138,14 @@ def test_info_and_merge_import_neither_torch_nor_numpy(job, tmp_path):
 
 def test_help_is_quick_and_loads_nothing():
     def seconds() -> float:
-        start = time.perf_counter()
+        """Processor time, which others on the machine do not lengthen."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run_cli("--help", environment={"LYCORE_LIBRARY": "/nowhere"})
         assert done.returncode == 0 and "merge" in done.stdout
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # The best of five, since the machine may be busy with something else.
-    assert min(seconds() for _ in range(5)) < 0.2
+    assert min(seconds() for _ in range(3)) < 0.2
 
 
 def test_doctor_tells_what_works_and_why_not(tmp_path):
@@ -170,11 +171,15 @@ def test_signals_cancel_and_leave_no_partial_file(tmp_path, make_lora, number):
     lora = make_lora("many", {f"lora_unet_x_{i}_to_q": [1024, 1024] for i in range(64)}, rank=64)
     folder = tmp_path / "out"
     folder.mkdir()
-    # The signal comes from the first progress report, so that the merge is surely under way.
+    # One signal, from the first progress report after the start, so that the merge is surely under way.
     code = (
         "import os, sys; from lycore import cli\n"
-        "show = cli.Bar.show\n"
-        f"cli.Bar.show = lambda self, done, total: (done and os.kill(os.getpid(), {int(number)})) or None\n"
+        "sent = []\n"
+        "def show(self, done, total):\n"
+        "    if done and not sent:\n"
+        "        sent.append(done)\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "cli.Bar.show = show\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     done = run_cli("merge", base, lora.path, "-o", folder / "out.safetensors", code=code)

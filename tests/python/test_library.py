@@ -40,7 +40,8 @@ class FakeLibrary:
 def installed(tmp_path, monkeypatch):
     """`installed(files, torch=, importable=)` fakes an installation and returns the list of what is opened.
 
-    `torch` is the version in the process, `importable` one that can be imported; `fails` names a file that does not load.
+    `torch` is the version in the process, `importable` one that can be imported; `fails` names a file that does not
+    load.
     """
     monkeypatch.setattr(_library, "_LOADED", {})
     monkeypatch.setattr(_library, "_default", None)

