@@ -7,6 +7,7 @@ fn main() {
     // tch and its dependencies mark C functions for export; two libraries with a tch inside must not bind each other's.
     println!("cargo:rustc-cdylib-link-arg=-Wl,--exclude-libs,ALL");
     if std::env::var_os("CARGO_FEATURE_TORCH").is_none() {
+        println!("cargo:rustc-env=LYCORE_TORCH_VERSION=");
         return;
     }
     // torch-sys (links = "tch") tells where libtorch's libraries are; the headers lie beside them.
@@ -15,6 +16,7 @@ fn main() {
     };
     let lib = std::path::PathBuf::from(lib);
     let include = lib.parent().map(|root| root.join("include")).unwrap_or_default();
+    println!("cargo:rustc-env=LYCORE_TORCH_VERSION={}", torch_version(&include));
     cc::Build::new()
         .cpp(true)
         .std("c++17")
@@ -26,4 +28,21 @@ fn main() {
     println!("cargo:rustc-link-lib=dylib=torch_cpu");
     println!("cargo:rustc-link-lib=dylib=c10");
     println!("cargo:rustc-link-search=native={}", lib.display());
+}
+
+/// The version that libtorch's headers define; they have moved between releases.
+fn torch_version(include: &std::path::Path) -> String {
+    let mut text = String::new();
+    for header in ["torch/headeronly/version.h", "torch/version.h", "torch/csrc/api/include/torch/version.h"]
+    {
+        text += &std::fs::read_to_string(include.join(header)).unwrap_or_default();
+    }
+    let number = |name: &str| {
+        let at = text.find(&format!("#define TORCH_VERSION_{name} "))?;
+        text[at..].split_whitespace().nth(2).map(str::to_owned)
+    };
+    match (number("MAJOR"), number("MINOR"), number("PATCH")) {
+        (Some(major), Some(minor), Some(patch)) => format!("{major}.{minor}.{patch}"),
+        _ => panic!("no TORCH_VERSION in the headers under {}", include.display()),
+    }
 }

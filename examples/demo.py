@@ -1,21 +1,24 @@
 """A picture becomes another one, by a LoRA.
 
-The base is a small network that maps a point of the plane to a colour and has learnt to draw a photograph. LyCore trains a LoRA on it that
-draws a second photograph, saves the file, opens it again, merges it at five strengths and takes it back. CPU only, a few minutes.
+The base is a small network that maps a point of the plane to a colour and has learnt to draw a photograph. LyCore
+trains a LoRA on it that draws a second photograph, saves the file, opens it again, merges it at five strengths and
+takes it back. CPU only, a few minutes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
 from pathlib import Path
 
-import lycore
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_images
+
+import lycore
 
 SIZE = (96, 144)  # rows, columns
 WIDTH = 256
@@ -28,14 +31,17 @@ OUT = Path(__file__).resolve().parent.parent / "out"
 
 
 class CoordinateNet(torch.nn.Module):
-    """[n, 2] points in [-1, 1] to [n, 3] colours in [0, 1]. Fourier features (Tancik et al. 2020, arXiv:2006.10739) before four layers."""
+    """[n, 2] points in [-1, 1] to [n, 3] colours in [0, 1].
+
+    Fourier features (Tancik et al. 2020, arXiv:2006.10739) before four layers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("frequencies", torch.randn(2, WIDTH // 2, generator=generator) * 10)
         sizes = [WIDTH, WIDTH, WIDTH, WIDTH, 3]
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
 
     def forward(self, points: torch.Tensor) -> torch.Tensor:
         phase = points @ self.frequencies
@@ -68,7 +74,9 @@ def progress(what: str, step: int, steps: int, loss: float, start: float) -> Non
     if end == "\n" and step != steps and step % 300:
         return
     left = (steps - step) / rate
-    print(f"{what} [{bar}] {step}/{steps}  loss {loss:.5f}  {rate:.0f} steps/s  {left:.0f} s left ", end=end, flush=True)
+    print(
+        f"{what} [{bar}] {step}/{steps}  loss {loss:.5f}  {rate:.0f} steps/s  {left:.0f} s left ", end=end, flush=True
+    )
 
 
 def train_base(net: CoordinateNet, points: torch.Tensor, colours: torch.Tensor) -> None:
@@ -177,14 +185,20 @@ def main() -> int:
             handle.strength = strength
             stack.apply()
             pictures.append((f"strength {strength:g}", render(net, points)))
-        merged_loss = torch.nn.functional.mse_loss(torch.from_numpy(np.asarray(pictures[-1][1], dtype=np.float32) / 255).reshape(-1, 3), second)
+        merged_loss = torch.nn.functional.mse_loss(
+            torch.from_numpy(np.asarray(pictures[-1][1], dtype=np.float32) / 255).reshape(-1, 3), second
+        )
         stack.restore()
     pictures += [("photograph 2", picture(second)), ("restored", render(net, points))]
 
-    same = all(torch.equal(before[name].view(torch.int32), weight.view(torch.int32)) for name, weight in net.state_dict().items())
+    same = all(
+        torch.equal(before[name].view(torch.int32), weight.view(torch.int32))
+        for name, weight in net.state_dict().items()
+    )
     strip(pictures).save(OUT / "demo_strip.png")
     curve(losses).save(OUT / "demo_loss.png")
-    print(f"loss {losses[0]:.5f} -> {losses[-1]:.5f}; the merged file draws photograph 2 with a mean squared error of {merged_loss:.5f}")
+    print(f"loss {losses[0]:.5f} -> {losses[-1]:.5f}")
+    print(f"the merged file draws photograph 2 with a mean squared error of {merged_loss:.5f}")
     print("restored weights are bit-identical to the base" if same else "restored weights DIFFER from the base")
     for name in ("demo_strip.png", "demo_loss.png", "demo_lora.safetensors"):
         print(OUT / name)

@@ -336,6 +336,9 @@ uint32_t lycore_version_number(void);
 // The library's version, "major.minor.patch". Static.
 const char *lycore_version(void);
 
+// The libtorch that this build needs in its process, "2.11.0" for example; "" for the build without libtorch. Static.
+const char *lycore_torch_version(void);
+
 // What this build can do on this machine, as JSON:
 // {"version": "0.1.0", "torch": "2.11.0" or null, "training": bool, "cuda": {"devices": n, "why": text when n is 0},
 //  "threads": n, "algorithms": [text]}.
@@ -630,8 +633,9 @@ lycore_status lycore_network_zero_gradients(struct lycore_network *network,
                                             void *stream,
                                             struct lycore_error **error);
 
-// The flat buffer that `which` (LYCORE_BUFFER_*) names, fp32, one axis, on the network's device: for an all-reduce, or to look at. Valid until
-// the network is freed; its content changes with backward and step.
+// The flat buffer that `which` (LYCORE_BUFFER_*) names, fp32, one axis, on the network's device: for an all-reduce, or to look at. It is longer
+// than lycore_network_parameter_count: parameters begin at aligned offsets, with zeros between them. Valid until the network is freed; its
+// content changes with backward and step.
 //
 // # Safety
 // `out` may be written. `error` is NULL or may be written.

@@ -193,6 +193,8 @@ def declare(library: CDLL) -> None:
     library.lycore_version_number.argtypes = []
     library.lycore_version.restype = c_char_p
     library.lycore_version.argtypes = []
+    library.lycore_torch_version.restype = c_char_p
+    library.lycore_torch_version.argtypes = []
     library.lycore_capabilities.restype = c_int32
     library.lycore_capabilities.argtypes = [POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_adapter_open.restype = c_int32

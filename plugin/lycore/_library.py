@@ -60,6 +60,11 @@ class Library:
         self.call(name, *arguments, byref(handle))
         return Owned(self, handle.value or 0, free)
 
+    @property
+    def torch(self) -> str | None:
+        """The libtorch that this build was made for; None for the build without."""
+        return self.functions.lycore_torch_version().decode() or None
+
     def capabilities(self) -> dict[str, Any]:
         """What this build can do on this machine. May start CUDA in the process."""
         return json.loads(self.text("lycore_capabilities"))
@@ -160,7 +165,7 @@ def _with_torch() -> Library:
         raise _builds.no_torch_build(builds, version)
     library = _open(build, version)
     if build.torch is None:
-        made_for = library.capabilities()["torch"]
+        made_for = library.torch
         if made_for is None or _builds.minor(made_for) != _builds.minor(version):
             what = f"{build.path} is built for torch {made_for}, but this process has torch {version}."
             raise LibraryError(what, hint=f"build LyCore against torch {version}, or install torch {made_for}")

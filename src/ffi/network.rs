@@ -315,8 +315,9 @@ pub unsafe extern "C" fn lycore_network_zero_gradients(
     }
 }
 
-/// The flat buffer that `which` (LYCORE_BUFFER_*) names, fp32, one axis, on the network's device: for an all-reduce, or to look at. Valid until
-/// the network is freed; its content changes with backward and step.
+/// The flat buffer that `which` (LYCORE_BUFFER_*) names, fp32, one axis, on the network's device: for an all-reduce, or to look at. It is longer
+/// than lycore_network_parameter_count: parameters begin at aligned offsets, with zeros between them. Valid until the network is freed; its
+/// content changes with backward and step.
 ///
 /// # Safety
 /// `out` may be written. `error` is NULL or may be written.

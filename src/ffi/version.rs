@@ -18,6 +18,13 @@ const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_V
     Err(_) => c"",
 };
 
+/// Set by the build script from the headers that it compiled against.
+const TORCH_VERSION: &CStr =
+    match CStr::from_bytes_with_nul(concat!(env!("LYCORE_TORCH_VERSION"), "\0").as_bytes()) {
+        Ok(text) => text,
+        Err(_) => c"",
+    };
+
 /// The library's version as one number: major * 1000000 + minor * 1000 + patch. Compare with the header's LYCORE_VERSION_* .
 #[no_mangle]
 pub extern "C" fn lycore_version_number() -> u32 {
@@ -28,6 +35,12 @@ pub extern "C" fn lycore_version_number() -> u32 {
 #[no_mangle]
 pub extern "C" fn lycore_version() -> *const c_char {
     VERSION.as_ptr()
+}
+
+/// The libtorch that this build needs in its process, "2.11.0" for example; "" for the build without libtorch. Static.
+#[no_mangle]
+pub extern "C" fn lycore_torch_version() -> *const c_char {
+    TORCH_VERSION.as_ptr()
 }
 
 /// What this build can do on this machine, as JSON:
@@ -55,22 +68,12 @@ pub unsafe extern "C" fn lycore_capabilities(
 fn capabilities() -> serde_json::Value {
     json!({
         "version": env!("CARGO_PKG_VERSION"),
-        "torch": torch(),
+        "torch": TORCH_VERSION.to_str().ok().filter(|text| !text.is_empty()),
         "training": cfg!(feature = "torch"),
         "cuda": cuda(),
         "threads": crate::merge::gemm::pool().current_num_threads(),
         "algorithms": ["LoRA", "LoCon"],
     })
-}
-
-#[cfg(feature = "torch")]
-fn torch() -> Option<&'static str> {
-    Some(crate::torch_ext::version())
-}
-
-#[cfg(not(feature = "torch"))]
-fn torch() -> Option<&'static str> {
-    None
 }
 
 #[cfg(feature = "torch")]

@@ -5,16 +5,9 @@ use once_cell::sync::OnceCell;
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 
 extern "C" {
-    fn lycore_torch_version() -> *const c_char;
-    fn lycore_torch_free_text(text: *mut c_char);
-    fn lycore_torch_scope_open(device: c_int, stream: *mut c_void, out: *mut *mut c_void) -> *mut c_char;
-    fn lycore_torch_scope_close(scope: *mut c_void);
-}
-
-/// The libtorch that this library was built for.
-pub fn version() -> &'static str {
-    // SAFETY: a string literal of the C++ side.
-    unsafe { CStr::from_ptr(lycore_torch_version()) }.to_str().unwrap_or("")
+    fn lycore_ext_free_text(text: *mut c_char);
+    fn lycore_ext_scope_open(device: c_int, stream: *mut c_void, out: *mut *mut c_void) -> *mut c_char;
+    fn lycore_ext_scope_close(scope: *mut c_void);
 }
 
 /// A CUDA stream of the caller (`cudaStream_t`) on a device.
@@ -40,10 +33,10 @@ impl Scope {
         let mut scope = std::ptr::null_mut();
         // SAFETY: `scope` is written on success; a returned text is ours to free.
         unsafe {
-            let failure = lycore_torch_scope_open(device, handle, &mut scope);
+            let failure = lycore_ext_scope_open(device, handle, &mut scope);
             if !failure.is_null() {
                 let text = CStr::from_ptr(failure).to_string_lossy().into_owned();
-                lycore_torch_free_text(failure);
+                lycore_ext_free_text(failure);
                 return Err(Error::Backend(format!("libtorch: {text}")));
             }
         }
@@ -55,7 +48,7 @@ impl Drop for Scope {
     fn drop(&mut self) {
         if !self.0.is_null() {
             // SAFETY: opened by `open`, closed once.
-            unsafe { lycore_torch_scope_close(self.0) }
+            unsafe { lycore_ext_scope_close(self.0) }
         }
     }
 }

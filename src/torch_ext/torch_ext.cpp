@@ -5,7 +5,6 @@
 #include <c10/core/Stream.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <torch/version.h>
 
 #include <cstdint>
 #include <cstring>
@@ -33,13 +32,11 @@ struct Scope {
 
 extern "C" {
 
-const char* lycore_torch_version() { return TORCH_VERSION; }
-
-void lycore_torch_free_text(char* text) { delete[] text; }
+void lycore_ext_free_text(char* text) { delete[] text; }
 
 // Opens a scope in which fp32 products are exact (no TF32), autocast is off and, when device >= 0, work goes to this cudaStream_t.
 // libtorch identifies an external stream by its handle, so no CUDA header is needed to name one.
-char* lycore_torch_scope_open(int device, void* stream, void** out) {
+char* lycore_ext_scope_open(int device, void* stream, void** out) {
   *out = nullptr;
   try {
     Scope* scope = new Scope();
@@ -66,7 +63,7 @@ char* lycore_torch_scope_open(int device, void* stream, void** out) {
   }
 }
 
-void lycore_torch_scope_close(void* opened) {
+void lycore_ext_scope_close(void* opened) {
   Scope* scope = static_cast<Scope*>(opened);
   try {
     if (scope->has_stream) c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).exchangeStream(scope->previous);

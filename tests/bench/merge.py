@@ -16,10 +16,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2] / "plugin")]
 
-import lycore
 import torch
 from safetensors.torch import save_file
 from shapes import attention_set
+
+import lycore
 
 RANK = 32
 ALPHA = 16.0
@@ -53,7 +54,11 @@ class Bench:
     def __init__(self, device: str, repeat: int):
         self.device, self.repeat = device, repeat
         self.model, self.dtype = ("sdxl", torch.bfloat16) if device == "cuda" else ("sd15", torch.float32)
-        machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+        machine = (
+            torch.cuda.get_device_name()
+            if device == "cuda"
+            else f"{platform.machine()}, {torch.get_num_threads()} threads"
+        )
         generator = torch.Generator(device).manual_seed(0)
 
         def random(shape, scale):
@@ -74,7 +79,9 @@ class Bench:
     def run(self) -> list[dict]:
         rows = [self.row("copy of every weight (the limit)", self.copy_limit())]
         for count in (1, 5):
-            rows.append(self.row(f"torch: addmm_ per weight, {count} LoRA", lambda count=count: self.addmm(count), count))
+            rows.append(
+                self.row(f"torch: addmm_ per weight, {count} LoRA", lambda count=count: self.addmm(count), count)
+            )
             self.reset()
         with tempfile.TemporaryDirectory() as folder:
             paths = [self.save(i, Path(folder)) for i in range(5)]

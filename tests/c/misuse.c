@@ -147,6 +147,7 @@ static void texts(void) {
     CHECK_EQUAL(lycore_text_free((char *)(uintptr_t)0xdeadbeefu), LYCORE_BAD_HANDLE);
     // A `const char *` belongs to the library.
     CHECK_EQUAL(lycore_text_free((char *)(uintptr_t)lycore_version()), LYCORE_BAD_HANDLE);
+    CHECK_EQUAL(lycore_text_free((char *)(uintptr_t)lycore_torch_version()), LYCORE_BAD_HANDLE);
     CHECK_EQUAL(lycore_text_free((char *)(uintptr_t)lycore_status_text(LYCORE_OK)), LYCORE_BAD_HANDLE);
     WORKS(lycore_adapter_report(adapter, &text, e));
     CHECK_EQUAL(lycore_text_free(text + 1), LYCORE_BAD_HANDLE);

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 
-import lycore
 import pytest
 import torch
+
+import lycore
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,8 +47,10 @@ def expected(base: torch.Tensor, terms: list[tuple[float, object]]) -> torch.Ten
 
 
 def compare(got: torch.Tensor, want: torch.Tensor, base: torch.Tensor, magnitude: torch.Tensor) -> tuple[int, int]:
-    """fp32: 1e-6 of the summed magnitudes (fp32 sums of a few dozen products). 16 bit: counts elements that are not the correctly rounded
-    result; none may be further than one ulp at the larger of base and result, below which cancellation leaves no bits.
+    """fp32: 1e-6 of the summed magnitudes (fp32 sums of a few dozen products).
+
+    16 bit: counts elements that are not the correctly rounded result; none may be further than one ulp at the larger of
+    base and result, below which cancellation leaves no bits.
     """
     if got.dtype == torch.float32:
         assert ((got.double().cpu() - want).abs() <= 1e-6 * magnitude).all()
@@ -110,7 +113,7 @@ def test_a_thousand_random_steps_end_at_the_base(make_lora):
 
 
 def test_work_goes_to_the_hosts_stream(make_lora):
-    """A weight that a slow kernel on the host's stream still writes is merged after that kernel, without a synchronisation."""
+    """A weight that a slow kernel on the host's stream still writes is merged after it, without a synchronisation."""
     lora = make_lora("s", SHAPES)
     weights = weights_of(torch.float32)
     late = {name: weight * 2 for name, weight in weights.items()}

@@ -142,10 +142,10 @@ def test_a_checkout_is_told_apart_by_what_the_library_needs(installed, monkeypat
     assert [b.links_torch for b in _builds.find()] == [True, False]
     assert lycore.load().build.origin == "checkout"
     assert opened == ["small/liblycore.so"]
-    monkeypatch.setattr(_library.Library, "capabilities", lambda _: {"torch": "2.10.0"})
+    monkeypatch.setattr(_library.Library, "torch", "2.10.0")
     with pytest.raises(lycore.LibraryError, match=r"built for torch 2\.10\.0, but this process has torch 2\.11\.0"):
         lycore.load(torch=True)
-    monkeypatch.setattr(_library.Library, "capabilities", lambda _: {"torch": "2.11.3"})
+    monkeypatch.setattr(_library.Library, "torch", "2.11.3")
     assert lycore.load(torch=True).build.links_torch
 
 

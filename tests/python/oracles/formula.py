@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +42,31 @@ class Change:
     factors: Mapping[str, numpy.ndarray]
     scale: float
 
+    @cached_property
+    def _delta(self) -> numpy.ndarray:
+        return self.scale * product(self.factors)
+
+    @cached_property
+    def _magnitude(self) -> numpy.ndarray:
+        return abs(self.scale) * product({name: abs(value) for name, value in self.factors.items()})
+
     def delta(self, shape: Sequence[int]) -> numpy.ndarray:
         """At strength 1, in the shape of the weight."""
-        return self.scale * product(self.factors, shape)
+        return self._delta.reshape(tuple(shape))
 
     def magnitude(self, shape: Sequence[int]) -> numpy.ndarray:
         """The same with absolute values: what rounding errors of the sums are relative to."""
-        return abs(self.scale) * product({name: abs(value) for name, value in self.factors.items()}, shape)
+        return self._magnitude.reshape(tuple(shape))
 
 
-def product(factors: Mapping[str, numpy.ndarray], shape: Sequence[int]) -> numpy.ndarray:
-    """The sums at the top of this file, without scale."""
+def product(factors: Mapping[str, numpy.ndarray]) -> numpy.ndarray:
+    """The sums at the top of this file, without scale; the inner axes flattened."""
     up, down = factors["up"], factors["down"]
     rank = down.shape[0]
     if "mid" in factors:
         mid = factors["mid"].reshape(rank, rank, -1)
-        delta = numpy.einsum("op,pqk,qi->oik", up.reshape(-1, rank), mid, down.reshape(rank, -1))
-    else:
-        delta = up.reshape(-1, rank) @ down.reshape(rank, -1)
-    return delta.reshape(tuple(shape))
+        return numpy.einsum("op,pqk,qi->oik", up.reshape(-1, rank), mid, down.reshape(rank, -1), optimize=True)
+    return up.reshape(-1, rank) @ down.reshape(rank, -1)
 
 
 def read(path: Path, config: Mapping[str, Any] | None = None) -> dict[str, Change]:

@@ -14,11 +14,10 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch
-from nets import attached, loss_of, net
-from safetensors import safe_open
-
 import lycore
+import torch
+from nets import attached, fill, loss_of, net
+from safetensors import safe_open
 
 CONFIG = {
     "network_dim": 48,
@@ -43,15 +42,23 @@ def progress_of(state: Path, accumulate: int) -> int:
     return int(metadata["step"]) * accumulate + int(metadata["micro_step"])
 
 
-def train(folder: str, steps: int, accumulate: int = 1, every: int = 1, pause: int = 0, hashes: bool = False) -> None:
+def train(
+    folder: str,
+    steps: int,
+    accumulate: int = 1,
+    every: int = 1,
+    pause: int = 0,
+    hashes: bool = False,
+) -> None:
     """Goes on from the state in `folder`, if any, up to `steps` micro-steps; `pause`: waits there to be killed."""
     torch.set_num_threads(1)
     model, state = net(), Path(folder, "state.safetensors")
-    # Another seed than the uninterrupted run's start values would show a state that was not taken over.
-    network = attached(model, CONFIG | {"gradient_accumulation_steps": accumulate, "seed": int(state.exists())})
+    network = attached(model, CONFIG | {"gradient_accumulation_steps": accumulate})
     done = 0
     if state.exists():
         done = progress_of(state, accumulate)
+        # Whatever the state does not bring would show at the end.
+        fill(network, 1.0)
         network.load_state(state)
     tell("start", done)
     for t in range(done, steps):

@@ -1,0 +1,540 @@
+"""The modules in torch's graph: whatever way a layer is called, values and gradients are those of the formula."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import re
+import weakref
+from pathlib import Path
+
+import lycore
+import pytest
+import torch
+from nets import (
+    LAYERS,
+    RANK,
+    Factors,
+    attached,
+    batch,
+    explicit,
+    fill,
+    key_of,
+    loss_of,
+    net,
+    off,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+EXACT = 1e-5
+"""Relative, for fp32 beside the formula in float64."""
+
+
+class One:
+    """One layer with a module of random values, and what the formula says about it."""
+
+    def __init__(self, layer: nn.Module, folder: Path, **config: object) -> None:
+        self.layer, self.scale = layer.requires_grad_(False), 3 / RANK
+        self.plain = copy.deepcopy(layer)
+        self.network = lycore.Network(
+            {"network_dim": RANK, "network_alpha": 3, **config}
+        )
+        self.network.add("layer", layer)
+        self.network.build()
+        fill(self.network, 0.3)
+        self.factors = Factors(self.network, folder)
+        self.down, self.up = (
+            self.factors.values()[key_of("layer", f)] for f in ("down", "up")
+        )
+
+    def expected(self, x: torch.Tensor, grad_y: torch.Tensor, calls: int = 1):
+        """Output, gradient of x, of down and of up, in float64."""
+        leaves = [t.detach().double().requires_grad_() for t in (x, self.down, self.up)]
+        y = leaves[0]
+        for _ in range(calls):
+            y = explicit(self.plain, y, *leaves[1:], self.scale)
+        return y.detach(), *torch.autograd.grad(y, leaves, grad_y.double())
+
+    def gradients(self) -> list[torch.Tensor]:
+        found = self.factors.gradients()
+        return [found[key_of("layer", f)] for f in ("down", "up")]
+
+
+def weights(shape: torch.Size) -> torch.Tensor:
+    """What the output is multiplied with to become a loss: its gradient."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(21))
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(22))
+
+
+def check(
+    one: One,
+    x: torch.Tensor,
+    *,
+    tolerance: float = EXACT,
+    x_grad: torch.Tensor | None = None,
+) -> None:
+    """Runs the layer forward and backward on x and compares everything with the formula."""
+    y = one.layer(x)
+    grad_y = weights(y.shape)
+    want_y, want_x, want_down, want_up = one.expected(x, grad_y)
+    assert y.shape == want_y.shape and off(y, want_y) <= tolerance
+    (y * grad_y).sum().backward()
+    down, up = one.gradients()
+    assert off(down, want_down) <= tolerance and off(up, want_up) <= tolerance
+    if x.requires_grad:
+        assert off(x.grad if x_grad is None else x_grad, want_x) <= tolerance
+
+
+LAYERS_AND_INPUTS = {
+    "linear": (lambda: nn.Linear(7, 5), (3, 7)),
+    "linear, no batch": (lambda: nn.Linear(7, 5), (7,)),
+    "linear, four axes": (lambda: nn.Linear(7, 5, bias=False), (2, 3, 4, 7)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 5, stride=2, padding=3), (2, 4, 17)),
+    "conv2d 1x1": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 5, 3)),
+    "conv2d 1x1, stride": (lambda: nn.Conv2d(4, 6, 1, stride=2), (2, 4, 5, 4)),
+    "conv2d 3x3": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 6, 5)),
+    "conv2d, all unequal": (
+        lambda: nn.Conv2d(
+            4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), bias=False
+        ),
+        (2, 4, 9, 8),
+    ),
+    "conv2d, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 6, 5)),
+    "conv2d, depthwise": (
+        lambda: nn.Conv2d(6, 6, 3, groups=6, padding="same"),
+        (2, 6, 6, 5),
+    ),
+    "conv2d, no batch": (lambda: nn.Conv2d(4, 6, 3, padding="valid"), (4, 6, 5)),
+    "conv3d": (lambda: nn.Conv3d(3, 4, (1, 3, 3), padding=(0, 1, 1)), (2, 3, 4, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["frozen x", "x with grad"])
+@pytest.mark.parametrize(
+    "made", LAYERS_AND_INPUTS.values(), ids=LAYERS_AND_INPUTS.keys()
+)
+def test_output_and_all_gradients_are_those_of_the_formula(made, needs_grad, tmp_path):
+    layer, shape = made
+    torch.manual_seed(1)
+    one = One(layer(), tmp_path)
+    x = noise(*shape).requires_grad_(needs_grad)
+    check(one, x)
+    assert x.grad is not None or not needs_grad
+    assert one.layer.weight.grad is None
+
+
+def test_a_base_that_is_trained_too_gets_its_own_gradient(tmp_path):
+    one = One(nn.Conv2d(4, 6, 3), tmp_path)
+    one.layer.requires_grad_(True)
+    x = noise(2, 4, 6, 5)
+    check(one, x)
+    plain = copy.deepcopy(one.plain).requires_grad_(True)
+    y = plain(x)
+    (y * weights(y.shape)).sum().backward()
+    assert off(one.layer.weight.grad, plain.weight.grad) <= EXACT
+    assert off(one.layer.bias.grad, plain.bias.grad) <= EXACT
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values with holes between them."""
+    wide = torch.empty(*x.shape[:-1], x.shape[-1] * 2)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+VIEWS = {
+    "channels_last": (
+        lambda: nn.Conv2d(4, 6, 3),
+        noise(2, 4, 6, 5).to(memory_format=torch.channels_last),
+    ),
+    "channels_last 1x1": (
+        lambda: nn.Conv2d(4, 6, 1),
+        noise(2, 4, 6, 5).to(memory_format=torch.channels_last),
+    ),
+    "strided": (lambda: nn.Conv2d(4, 6, 3), strided(noise(2, 4, 6, 5))),
+    "transposed": (lambda: nn.Linear(7, 5), noise(2, 7, 9).transpose(1, 2)),
+    "expanded": (lambda: nn.Linear(7, 5), noise(1, 7).expand(4, 7)),
+    "part of another": (lambda: nn.Linear(7, 5), noise(3, 20)[:, 6:13]),
+}
+
+
+@pytest.mark.parametrize("made", VIEWS.values(), ids=VIEWS.keys())
+def test_inputs_that_do_not_lie_row_major(made, tmp_path):
+    layer, x = made
+    assert not x.is_contiguous()
+    torch.manual_seed(1)
+    one = One(layer(), tmp_path)
+    before = x.clone()
+    check(one, x)
+    assert torch.equal(x, before)
+    one.network.zero_gradients()
+    leaf = x.detach().requires_grad_()
+    check(one, leaf)
+
+
+def test_a_channels_last_model_trains_like_a_contiguous_one():
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = net().to(memory_format=layout)
+        network = attached(model, noise=0.2)
+        x, goal = batch(0)
+        nn.functional.mse_loss(model(x.to(memory_format=layout)), goal).backward()
+        gradients.append(network.gradients.clone())
+    assert off(gradients[1], gradients[0]) <= EXACT
+
+
+def test_autocast_rounds_once_and_its_gradients_are_those_of_the_rounded_values(
+    tmp_path,
+):
+    one = One(nn.Linear(16, 8), tmp_path)
+    x = noise(5, 16).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        base, y = one.plain(x), one.layer(x)
+    assert y.dtype == base.dtype == torch.bfloat16
+    # The delta is computed in fp32 and the sum rounded to bf16, to the nearest: half a unit in the last place.
+    exact = base.double() + explicit(
+        one.plain, x, one.down, one.up, one.scale, bias=False
+    )
+    half = 2.0 ** (torch.frexp(exact).exponent - 9)
+    assert ((y.double() - exact).abs() <= 1.001 * half).all()
+    grad_y = weights(y.shape).bfloat16()
+    y.backward(grad_y)
+    _, _, want_down, want_up = one.expected(x, grad_y)
+    down, up = one.gradients()
+    assert off(down, want_down) <= EXACT and off(up, want_up) <= EXACT
+    delta = one.scale * one.up.double() @ one.down.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        leaf = x.detach().clone().requires_grad_()
+        one.plain(leaf).backward(grad_y)
+    assert off(x.grad - leaf.grad, grad_y.double() @ delta) <= EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_over_a_whole_model_follows_fp32(dtype):
+    gradients = []
+    for enabled in (False, True):
+        model = net()
+        network = attached(model, noise=0.2)
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            loss = loss_of(model, 0)
+        loss.backward()
+        gradients.append(network.gradients.clone())
+    close = nn.functional.cosine_similarity(*gradients, dim=0).item()
+    ratio = (gradients[1].norm() / gradients[0].norm()).item()
+    assert close > 0.999 and abs(ratio - 1) < 0.02, (close, ratio)
+
+
+def test_autocast_around_the_backward_changes_nothing(tmp_path):
+    one = One(nn.Linear(16, 8), tmp_path)
+    x = noise(5, 16)
+    one.layer(x).square().sum().backward()
+    want = one.network.gradients.clone()
+    one.network.zero_gradients()
+    y = one.layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y.square().sum().backward()
+    assert torch.equal(one.network.gradients, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_of_sixteen_bits_keep_fp32_parameters(dtype, tmp_path):
+    one = One(nn.Linear(16, 8).to(dtype), tmp_path)
+    assert one.network.parameters.dtype == torch.float32
+    x = noise(5, 16).to(dtype)
+    y = one.layer(x)
+    assert y.dtype == dtype
+    grad_y = weights(y.shape).to(dtype)
+    y.backward(grad_y)
+    _, _, want_down, want_up = one.expected(x, grad_y)
+    down, up = one.gradients()
+    assert off(down, want_down) <= EXACT and off(up, want_up) <= EXACT
+
+
+def test_a_layer_that_is_used_twice_adds_both_gradients(tmp_path):
+    one = One(nn.Linear(6, 6), tmp_path)
+    x = noise(4, 6).requires_grad_()
+    y = one.layer(one.layer(x))
+    grad_y = weights(y.shape)
+    want = one.expected(x, grad_y, calls=2)
+    assert off(y, want[0]) <= EXACT
+    (y * grad_y).sum().backward()
+    for got, wanted in zip([x.grad, *one.gradients()], want[1:], strict=True):
+        assert off(got, wanted) <= EXACT
+
+
+def test_two_backwards_add_and_a_kept_graph_can_be_used_again(tmp_path):
+    one = One(nn.Conv2d(4, 6, 3), tmp_path)
+    loss = one.layer(noise(2, 4, 6, 5)).square().sum()
+    loss.backward(retain_graph=True)
+    once = one.network.gradients.clone()
+    loss.backward()
+    assert torch.equal(one.network.gradients, 2 * once)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_bits(reentrant):
+    model = net()
+    network = attached(model, noise=0.2)
+
+    def run(checkpointed: bool) -> tuple[torch.Tensor, ...]:
+        network.zero_gradients()
+        x = batch(0)[0].requires_grad_()
+        y = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
+        (y * weights(y.shape)).sum().backward()
+        return y.detach(), x.grad, network.gradients.clone()
+
+    plain = run(False)
+    assert plain[2].abs().max() > 0
+    for got, want in zip(run(True), plain, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_checkpointing_works_on_inputs_without_grad():
+    model = net()
+    network = attached(model, noise=0.2)
+    loss_of(model, 0).backward()
+    want = network.gradients.clone()
+    network.zero_gradients()
+    x, goal = batch(0)
+    nn.functional.mse_loss(checkpoint(model, x, use_reentrant=False), goal).backward()
+    assert torch.equal(network.gradients, want)
+
+
+def test_without_grad_mode_the_values_are_the_same():
+    model = net()
+    attached(model, noise=0.2)
+    x, _ = batch(0)
+    trained = model(x)
+    assert trained.requires_grad
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = model(x)
+        assert not y.requires_grad and torch.equal(y, trained)
+
+
+@pytest.mark.parametrize("how", ["detach", "close"])
+def test_detached_layers_compute_the_base_bit_for_bit(how):
+    model = net()
+    hooks = {name: len(layer._forward_hooks) for name, layer in model.named_modules()}
+    weights_before = {name: p.clone() for name, p in model.named_parameters()}
+    x, _ = batch(0)
+    base = model(x)
+    network = attached(model, noise=0.2)
+    assert off(model(x), base) > 0.01
+    loss_of(model, 0).backward()
+    network.step()
+    getattr(network, how)()
+    assert torch.equal(model(x), base)
+    assert hooks == {
+        name: len(layer._forward_hooks) for name, layer in model.named_modules()
+    }
+    assert all(
+        torch.equal(p, weights_before[name]) for name, p in model.named_parameters()
+    )
+
+
+def test_two_networks_on_one_layer_add_up(tmp_path):
+    layer = nn.Linear(7, 5)
+    first = One(layer, tmp_path)
+    x = noise(3, 7)
+    base, alone = first.plain(x), layer(x).detach()
+    second = lycore.Network({"network_dim": 2})
+    second.add("layer", layer)
+    second.build()
+    fill(second, 0.3)
+    both = layer(x)
+    first.network.detach()
+    other = layer(x).detach()
+    assert off(both.detach() - base, (alone - base) + (other - base)) <= EXACT
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_no_graph_stays_behind_over_200_steps():
+    """The collector is off, so that cycles would show; one kept activation per step would be 200 MiB."""
+    layer = nn.Linear(512, 512).requires_grad_(False)
+    network = lycore.Network({"network_dim": 2})
+    network.add("layer", layer)
+    network.build()
+    x = noise(512, 512)
+    assert x.numel() * x.element_size() == 1 << 20
+
+    def step() -> weakref.ref:
+        y = layer(x)
+        y.mean().backward()
+        network.step()
+        return weakref.ref(y)
+
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            step()
+        counts, memory = (
+            (len(gc.get_objects()), sum(map(torch.is_tensor, gc.get_objects()))),
+            resident(),
+        )
+        alive = sum(step()() is not None for _ in range(200))
+        after = (len(gc.get_objects()), sum(map(torch.is_tensor, gc.get_objects())))
+        grown = resident() - memory
+    finally:
+        gc.enable()
+    assert alive == 0
+    assert after[1] == counts[1] and abs(after[0] - counts[0]) < 50, (counts, after)
+    assert grown < 16 << 20, f"{grown >> 20} MiB more"
+
+
+def test_a_closed_network_is_freed_once_no_view_is_left():
+    model = net()
+    network = attached(model, noise=0.2)
+    loss_of(model, 0).backward()
+    seen, view = weakref.ref(network._owner), network.parameters
+    values = view.clone()
+    network.close()
+    assert seen() is not None and torch.equal(view, values)
+    del view
+    gc.collect()
+    assert seen() is None
+
+
+def test_all_problems_of_a_config_come_in_one_message():
+    config = {
+        "network_dim": 0,
+        "lerning_rate": 1e-3,
+        "lr_sheduler": "cosine",
+        "lr_scheduler": "linear",
+        "max_train_steps": -5,
+        "seed": "one",
+        "mixed_precision": "fp8",
+        "optimizer_args": {"beta": [0.9, 0.99], "eps": -1},
+    }
+    with pytest.raises(lycore.ArgumentError) as caught:
+        lycore.Network(config)
+    error = caught.value
+    told = re.sub(r"\s+", " ", error.message)
+    for part in [
+        "9 problems",
+        "`network_dim` is 0, expected a whole number, 1 to 65536",
+        "`lerning_rate` is not an option; the nearest is `learning_rate`",
+        "`lr_sheduler` is not an option; the nearest is `lr_scheduler`",
+        '`lr_scheduler` is "linear", expected constant, constant_with_warmup, cosine',
+        "`max_train_steps` is -5",
+        '`seed` is "one"',
+        '`mixed_precision` is "fp8", expected no, bf16, fp16',
+        "`optimizer_args.beta` is not an option; the nearest is `optimizer_args.betas`",
+        "`optimizer_args.eps` is -1",
+    ]:
+        assert part in told, f"{part!r} is missing in: {told}"
+    assert "schema" in error.hint and isinstance(error, ValueError)
+    schema = lycore.Network.schema()
+    for key in (
+        "network_dim",
+        "lr_scheduler",
+        "optimizer_args",
+        "gradient_accumulation_steps",
+    ):
+        assert any(line.startswith(key) for line in schema.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"lr_scheduler": "cosine"}, "cosine needs max_train_steps"),
+        ({"lr_warmup_steps": 5}, "constant_with_warmup"),
+        (
+            {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 0.1},
+            "max_train_steps, which is missing",
+        ),
+        (
+            {"lr_scheduler": "cosine", "lr_warmup_steps": 9, "max_train_steps": 8},
+            "more than max_train_steps",
+        ),
+        ({"optimizer_type": "Prodigy"}, "expected AdamW"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0"),
+        ({"network_alpha": -1}, "`network_alpha` is -1"),
+    ],
+)
+def test_options_that_contradict_each_other(config, part):
+    with pytest.raises(lycore.ArgumentError, match=re.escape(part)):
+        lycore.Network(config)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_named(value, tmp_path):
+    model = net()
+    network = attached(model, {"learning_rate": 1e-2})
+    for number in range(3):
+        loss_of(model, number).backward()
+        network.step()
+    before = network.parameters.clone()
+    network.save_state(tmp_path / "before.safetensors")
+    (loss_of(model, 3) * value).backward()
+    for _ in range(2):
+        with pytest.raises(lycore.TrainError) as caught:
+            network.step()
+        assert "the gradient of step 4 is not finite" in caught.value.message
+        assert "nothing was changed" in caught.value.message
+        assert "zero_gradients" in caught.value.hint
+        assert torch.equal(network.parameters, before)
+    network.zero_gradients()
+    network.save_state(tmp_path / "after.safetensors")
+    assert (tmp_path / "after.safetensors").read_bytes() == (
+        tmp_path / "before.safetensors"
+    ).read_bytes()
+    loss_of(model, 3).backward()
+    done = network.step()
+    assert (
+        done["step"] == 4
+        and done["updated"]
+        and not torch.equal(network.parameters, before)
+    )
+
+
+def test_an_input_of_another_shape_or_dtype_names_the_layer():
+    layer = nn.Linear(7, 5).double()
+    network = lycore.Network({"network_dim": 2})
+    network.add("some.layer", layer)
+    network.build()
+    with pytest.raises(lycore.DtypeError, match=r"some\.layer"):
+        layer(torch.zeros(3, 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_written_parameters_take_effect(precision):
+    """`parameters` is a view: what is written there is what the next forward uses."""
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    network = lycore.Network(
+        {"network_dim": 2, "network_alpha": 2, "mixed_precision": precision}
+    )
+    network.add("layer", layer)
+    network.build()
+    x = noise(3, 8)
+    base = layer(x).clone()
+    network.parameters.fill_(0.5)
+    # up @ down is 2 * 0.5 * 0.5 everywhere.
+    assert off(layer(x) - base, 0.5 * x.sum(1, keepdim=True).expand(3, 8)) <= 0.02
+
+
+def test_attach_chooses_layers_by_pattern_by_function_or_takes_all():
+    for targets, expected in [
+        (None, LAYERS),
+        ("mlp.*", ["mlp.0", "mlp.2"]),
+        (["stem", "*.point"], ["stem", "body.point"]),
+        (
+            lambda name, layer: isinstance(layer, nn.Linear) and layer.bias is None,
+            ["mlp.2"],
+        ),
+    ]:
+        network = lycore.Network()
+        assert network.attach(net(), targets) == expected
