@@ -5,6 +5,7 @@ use once_cell::sync::OnceCell;
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 
 extern "C" {
+    fn lycore_ext_libtorch_address() -> *mut c_void;
     fn lycore_ext_free_text(text: *mut c_char);
     fn lycore_ext_scope_open(device: c_int, stream: *mut c_void, out: *mut *mut c_void) -> *mut c_char;
     fn lycore_ext_scope_close(scope: *mut c_void);
@@ -59,8 +60,11 @@ impl Drop for Scope {
 /// opened by name from the folder of the libtorch that is loaded.
 pub fn require_cuda() -> Result<()> {
     static LOADED: OnceCell<bool> = OnceCell::new();
-    let available =
-        *LOADED.get_or_init(|| tch::Cuda::is_available() || (open_cuda_half() && tch::Cuda::is_available()));
+    // The order matters: libtorch looks for its CUDA half at the first question and remembers the answer.
+    let available = *LOADED.get_or_init(|| {
+        open_cuda_half();
+        tch::Cuda::is_available()
+    });
     if available {
         return Ok(());
     }
@@ -70,29 +74,19 @@ pub fn require_cuda() -> Result<()> {
     })
 }
 
-fn open_cuda_half() -> bool {
+/// Without success where this libtorch has no CUDA half.
+fn open_cuda_half() {
     let mut info = std::mem::MaybeUninit::<libc::Dl_info>::uninit();
     // SAFETY: any address is a valid question to dladdr; the answer is read only if it succeeded, and its name is a C string that lives
     // as long as the library.
-    let folder = unsafe {
-        let known = tch_symbol();
-        if known.is_null() || libc::dladdr(known, info.as_mut_ptr()) == 0 {
-            return false;
+    let library = unsafe {
+        if libc::dladdr(lycore_ext_libtorch_address(), info.as_mut_ptr()) == 0 {
+            return;
         }
         CStr::from_ptr(info.assume_init().dli_fname).to_string_lossy().into_owned()
     };
-    let Some(folder) = std::path::Path::new(&folder).parent().map(std::path::Path::to_owned) else {
-        return false;
-    };
-    let Ok(path) = CString::new(folder.join("libtorch_cuda.so").to_string_lossy().into_owned()) else {
-        return false;
-    };
+    let cuda = std::path::Path::new(&library).with_file_name("libtorch_cuda.so");
+    let Ok(path) = CString::new(cuda.to_string_lossy().into_owned()) else { return };
     // SAFETY: loading libtorch's own second half from beside the first.
-    unsafe { !libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL).is_null() }
-}
-
-/// The address of something inside libtorch's CPU half.
-fn tch_symbol() -> *mut c_void {
-    // SAFETY: looks a C++ symbol up by its mangled name; NULL when it is not there.
-    unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"_ZN2at13globalContextEv".as_ptr()) }
+    unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
 }

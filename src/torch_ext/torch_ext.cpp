@@ -32,6 +32,9 @@ struct Scope {
 
 extern "C" {
 
+// An address inside libtorch's CPU half.
+void* lycore_ext_libtorch_address() { return reinterpret_cast<void*>(&at::globalContext); }
+
 void lycore_ext_free_text(char* text) { delete[] text; }
 
 // Opens a scope in which fp32 products are exact (no TF32), autocast is off and, when device >= 0, work goes to this cudaStream_t.

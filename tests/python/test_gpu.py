@@ -9,10 +9,7 @@ import torch
 
 import lycore
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="skipped: no GPU"),
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="skipped: no GPU")
 
 SHAPES = {
     "lora_unet_a_to_q": (96, 64),

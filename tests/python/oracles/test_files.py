@@ -1,4 +1,4 @@
-"""Merging files that the oracles wrote: against the formula in float64, and the formula against the oracles' forward."""
+"""Merging files that the oracles wrote: LyCore against the formula in float64, the formula against the oracles."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from lycoris import create_lycoris_from_weights
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
+from threads import one_thread as one_thread
 
 import lycore
 
@@ -330,8 +331,7 @@ def test_diffusers_reads_its_files_as_we_do(diffusers_case, metadata):
     """Both models through diffusers' own loader, against the weights merged by LyCore."""
     unet, encoder, make = diffusers_case
     path, *_ = make(metadata=metadata)
-    read = StableDiffusionPipeline.lora_state_dict(path.parent, return_lora_metadata=True)
-    state, alphas, told = read
+    state, alphas, told = StableDiffusionPipeline.lora_state_dict(path.parent, return_lora_metadata=True)
     loaded_unet, loaded_encoder = copy.deepcopy(unet), copy.deepcopy(encoder)
     StableDiffusionPipeline.load_lora_into_unet(state, alphas, loaded_unet, metadata=told)
     StableDiffusionPipeline.load_lora_into_text_encoder(state, alphas, loaded_encoder, metadata=told)

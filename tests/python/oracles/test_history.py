@@ -14,6 +14,7 @@ import producers
 import pytest
 import torch
 from peft import LoraConfig
+from threads import one_thread as one_thread
 from torch import nn
 
 import lycore

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lycore
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
+
+import lycore
 
 RANK = 4
 
@@ -19,15 +20,8 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 12, 3, padding=1)
-        self.body = nn.ModuleDict(
-            {
-                "down": nn.Conv2d(12, 16, 3, stride=2, padding=1),
-                "point": nn.Conv2d(16, 16, 1),
-            }
-        )
-        self.mlp = nn.Sequential(
-            nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 10, bias=False)
-        )
+        self.body = nn.ModuleDict({"down": nn.Conv2d(12, 16, 3, stride=2, padding=1), "point": nn.Conv2d(16, 16, 1)})
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 10, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = functional.silu(self.stem(x))
@@ -58,17 +52,9 @@ def loss_of(model: nn.Module, number: int) -> torch.Tensor:
     return functional.mse_loss(model(x), goal)
 
 
-def attached(
-    model: nn.Module,
-    config: dict | None = None,
-    *,
-    noise: float = 0.0,
-    prefix: str = "",
-) -> lycore.Network:
+def attached(model: nn.Module, config: dict | None = None, *, noise: float = 0.0, prefix: str = "") -> lycore.Network:
     """A built network on all layers. Fresh factors have up = 0, which hides most faults: `noise` overwrites them."""
-    network = lycore.Network(
-        {"network_dim": RANK, "network_alpha": 3, **(config or {})}
-    )
+    network = lycore.Network({"network_dim": RANK, "network_alpha": 3, **(config or {})})
     network.attach(model, prefix=prefix)
     network.build()
     fill(network, noise)
@@ -79,9 +65,7 @@ def fill(network: lycore.Network, noise: float) -> None:
     """Gives the parameters normal values of this deviation; 0 leaves them."""
     if noise:
         generator = torch.Generator().manual_seed(77)
-        network.parameters.copy_(
-            noise * torch.randn(network.parameters.shape, generator=generator)
-        )
+        network.parameters.copy_(noise * torch.randn(network.parameters.shape, generator=generator))
 
 
 def key_of(layer: str, factor: str) -> str:
@@ -99,35 +83,22 @@ class Factors:
         network.save(folder / "indices.safetensors")
         network.parameters.copy_(kept)
         saved = load_file(folder / "indices.safetensors")
-        self.places = {
-            key: value.long() for key, value in saved.items() if key.endswith(".weight")
-        }
+        self.places = {key: value.long() for key, value in saved.items() if key.endswith(".weight")}
 
     def values(self) -> dict[str, torch.Tensor]:
         """A copy of the parameters by the file's keys."""
-        return {
-            key: self.network.parameters[place] for key, place in self.places.items()
-        }
+        return {key: self.network.parameters[place] for key, place in self.places.items()}
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """A copy of the gradients by the file's keys."""
-        return {
-            key: self.network.gradients[place] for key, place in self.places.items()
-        }
+        return {key: self.network.gradients[place] for key, place in self.places.items()}
 
 
 def explicit(
-    layer: nn.Module,
-    x: torch.Tensor,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    scale: float,
-    bias: bool = True,
+    layer: nn.Module, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float, bias: bool = True
 ) -> torch.Tensor:
     """`layer` with the weight W + scale * up @ down, in float64; without bias and base when `bias` is false."""
-    delta = scale * (up.double().flatten(1) @ down.double().flatten(1)).reshape(
-        layer.weight.shape
-    )
+    delta = scale * (up.double().flatten(1) @ down.double().flatten(1)).reshape(layer.weight.shape)
     weight = layer.weight.double() + delta if bias else delta
     shift = layer.bias.double() if bias and layer.bias is not None else None
     if isinstance(layer, nn.Linear):
@@ -137,6 +108,4 @@ def explicit(
 
 def off(got: torch.Tensor, want: torch.Tensor) -> float:
     """The largest difference, relative to the largest wanted value."""
-    return (
-        (got.double() - want.double()).abs().max() / want.double().abs().max()
-    ).item()
+    return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()

@@ -1,4 +1,4 @@
-"""Training runs that can be killed, for test_resume.py. Imports torch once, then forks a process per line of JSON.
+"""Training runs that can be killed, for test_resume.py: imports torch once, then forks a process per line of JSON.
 
 A run tells what it does while it does it, since after SIGKILL it tells nothing more: "start t" once it has taken up
 after micro-step t, "begin t" and "end t" around each save of the state, "saved t sha256" when asked to hash.
@@ -14,10 +14,12 @@ import sys
 import traceback
 from pathlib import Path
 
-import lycore
 import torch
-from nets import attached, fill, loss_of, net
 from safetensors import safe_open
+
+import lycore
+
+from .nets import attached, fill, loss_of, net
 
 CONFIG = {
     "network_dim": 48,
@@ -42,14 +44,7 @@ def progress_of(state: Path, accumulate: int) -> int:
     return int(metadata["step"]) * accumulate + int(metadata["micro_step"])
 
 
-def train(
-    folder: str,
-    steps: int,
-    accumulate: int = 1,
-    every: int = 1,
-    pause: int = 0,
-    hashes: bool = False,
-) -> None:
+def train(folder: str, steps: int, accumulate: int = 1, every: int = 1, pause: int = 0, hashes: bool = False) -> None:
     """Goes on from the state in `folder`, if any, up to `steps` micro-steps; `pause`: waits there to be killed."""
     torch.set_num_threads(1)
     model, state = net(), Path(folder, "state.safetensors")

@@ -8,20 +8,16 @@ import json
 import struct
 from pathlib import Path
 
-import lycore
 import pytest
 import torch
-from nets import LAYERS, RANK, attached, batch, key_of, loss_of, net, off
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-CONFIG = {
-    "learning_rate": 1e-2,
-    "conv_dim": 6,
-    "conv_alpha": 5,
-    "output_name": "trained",
-    "training_comment": "ä",
-}
+import lycore
+
+from .nets import LAYERS, RANK, attached, batch, key_of, loss_of, net, off
+
+CONFIG = {"learning_rate": 1e-2, "conv_dim": 6, "conv_alpha": 5, "output_name": "trained", "training_comment": "ä"}
 TOLERANCE = 1e-5
 """Relative to the output's largest value: fp32 merged into the weights beside fp32 next to them."""
 
@@ -72,9 +68,7 @@ def test_the_saved_adapter_merges_to_the_trained_forward(trained, tmp_path):
     for layer, what in expected.items():
         assert modules[f"lora_unet_{layer.replace('.', '_')}"] == what
     assert modules["lora_unet_body_point"][1:] == (RANK, 3.0)
-    assert report["summary"]["modules"] == len(LAYERS) and report["summary"][
-        "keys"
-    ] == 3 * len(LAYERS)
+    assert report["summary"]["modules"] == len(LAYERS) and report["summary"]["keys"] == 3 * len(LAYERS)
     with lycore.Stack(trained.model) as stack:
         stack.add(path)
         assert stack.apply().changed == len(LAYERS)
@@ -111,10 +105,7 @@ def test_metadata_and_hash(trained, tmp_path):
         "sshs_model_hash": hashlib.sha256(data).hexdigest(),
     }
     assert {key: metadata.get(key) for key in expected} == expected
-    assert json.loads(metadata["ss_network_args"]) == {
-        "conv_dim": "6",
-        "conv_alpha": "5",
-    }
+    assert json.loads(metadata["ss_network_args"]) == {"conv_dim": "6", "conv_alpha": "5"}
     with safe_open(path, "pt") as file:
         assert file.metadata() == metadata
     # The same parameters are the same file; other ones have another hash.
@@ -123,19 +114,13 @@ def test_metadata_and_hash(trained, tmp_path):
     loss_of(trained.model, 20).backward()
     trained.network.step()
     changed = parts(trained.save(tmp_path / "again.safetensors"))[0]["__metadata__"]
-    assert (
-        changed["ss_steps"] == "16"
-        and changed["sshs_model_hash"] != metadata["sshs_model_hash"]
-    )
+    assert changed["ss_steps"] == "16" and changed["sshs_model_hash"] != metadata["sshs_model_hash"]
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "rounding"),
-    [("fp16", torch.float16, 2**-11), ("bf16", torch.bfloat16, 2**-8)],
+    ("name", "dtype", "rounding"), [("fp16", torch.float16, 2**-11), ("bf16", torch.bfloat16, 2**-8)]
 )
-def test_half_precision_files_are_the_rounded_values(
-    trained, tmp_path, name, dtype, rounding
-):
+def test_half_precision_files_are_the_rounded_values(trained, tmp_path, name, dtype, rounding):
     exact = load_file(trained.save(tmp_path / "fp32.safetensors"))
     path = trained.save(tmp_path / "half.safetensors", name)
     saved = load_file(path)
@@ -144,9 +129,7 @@ def test_half_precision_files_are_the_rounded_values(
         if key.endswith(".alpha"):
             assert value.dtype == torch.float32 and torch.equal(value, exact[key])
         else:
-            assert value.dtype == dtype and torch.equal(value, exact[key].to(dtype)), (
-                key
-            )
+            assert value.dtype == dtype and torch.equal(value, exact[key].to(dtype)), key
     header, data = parts(path)
     assert header["__metadata__"]["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
     trained.network.detach()
@@ -163,9 +146,7 @@ def test_lycoris_computes_the_same(tmp_path):
     path = trained.save(tmp_path / "adapter.safetensors")
     trained.network.detach()
     wrapper, _ = lycoris.create_lycoris_from_weights(1.0, str(path), trained.model)
-    assert sorted(m.lora_name for m in wrapper.loras) == sorted(
-        "lycoris_" + n.replace(".", "_") for n in LAYERS
-    )
+    assert sorted(m.lora_name for m in wrapper.loras) == sorted("lycoris_" + n.replace(".", "_") for n in LAYERS)
     wrapper.apply_to()
     apart = off(trained.output(), trained.tuned)
     print(f"off by {apart:.1e}")
@@ -188,15 +169,9 @@ def test_peft_computes_the_same(trained, tmp_path):
     )
     model = peft.get_peft_model(copy.deepcopy(trained.model), config)
     names = {"down": "lora_A", "up": "lora_B"}
-    state = {
-        f"base_model.model.{n}.{p}.weight": saved[key_of(n, f)]
-        for n in LAYERS
-        for f, p in names.items()
-    }
+    state = {f"base_model.model.{n}.{p}.weight": saved[key_of(n, f)] for n in LAYERS for f, p in names.items()}
     loaded = peft.set_peft_model_state_dict(model, state)
-    assert not loaded.unexpected_keys and not [
-        key for key in loaded.missing_keys if "lora_" in key
-    ]
+    assert not loaded.unexpected_keys and not [key for key in loaded.missing_keys if "lora_" in key]
     with torch.no_grad():
         apart = off(model(batch(500)[0]), trained.tuned)
     print(f"off by {apart:.1e}")
@@ -207,9 +182,7 @@ def test_values_that_the_dtype_cannot_hold_are_not_written(trained, tmp_path):
     trained.network.parameters[0] = 1e6
     path = trained.save(tmp_path / "adapter.safetensors")
     before = path.read_bytes()
-    with pytest.raises(
-        lycore.TrainError, match=r"lora_unet_body_down\.lora_down\.weight"
-    ):
+    with pytest.raises(lycore.TrainError, match=r"lora_unet_body_down\.lora_down\.weight"):
         trained.save(path, "fp16")
     assert path.read_bytes() == before
     assert [f.name for f in tmp_path.iterdir()] == ["adapter.safetensors"]
@@ -219,10 +192,7 @@ def test_values_that_the_dtype_cannot_hold_are_not_written(trained, tmp_path):
 
 def test_weights_that_do_not_fit_are_all_named_and_none_is_taken(trained, tmp_path):
     path = trained.save(tmp_path / "adapter.safetensors")
-    other = attached(
-        net(1),
-        {"network_dim": RANK + 1, "network_alpha": 3, "conv_dim": 6, "conv_alpha": 5},
-    )
+    other = attached(net(1), {"network_dim": RANK + 1, "network_alpha": 3, "conv_dim": 6, "conv_alpha": 5})
     before = other.parameters.clone()
     with pytest.raises(lycore.FileError) as caught:
         other.load_weights(path)

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from nets import LAYERS, attached, key_of, loss_of, net, off
 from safetensors.torch import load_file, save_file
 
+from .nets import LAYERS, attached, key_of, loss_of, net, off
+
 peft = pytest.importorskip("peft", reason="needs peft, the reference")
-optimization = pytest.importorskip(
-    "transformers.optimization", reason="needs transformers, the reference"
-)
+optimization = pytest.importorskip("transformers.optimization", reason="needs transformers, the reference")
 
 STEPS = 200
 RATE = 3e-3
@@ -53,12 +52,8 @@ class Case:
     def schedule(self, optimizer):
         return {
             "constant": lambda: optimization.get_constant_schedule(optimizer),
-            "constant_with_warmup": lambda: (
-                optimization.get_constant_schedule_with_warmup(optimizer, self.warmup)
-            ),
-            "cosine": lambda: optimization.get_cosine_schedule_with_warmup(
-                optimizer, self.warmup, STEPS
-            ),
+            "constant_with_warmup": lambda: optimization.get_constant_schedule_with_warmup(optimizer, self.warmup),
+            "cosine": lambda: optimization.get_cosine_schedule_with_warmup(optimizer, self.warmup, STEPS),
         }[self.scheduler]()
 
 
@@ -106,15 +101,8 @@ def test_losses_and_parameters_follow_peft(case, tmp_path):
     network = attached(model, case.config())
     start = tmp_path / "start.safetensors"
     if case.from_peft:
-        alphas = {
-            key_of(layer, "down").split(".")[0] + ".alpha": torch.tensor(
-                float(case.alpha)
-            )
-            for layer in LAYERS
-        }
-        save_file(
-            {key: p.detach().contiguous() for key, p in theirs.items()} | alphas, start
-        )
+        alphas = {key_of(layer, "down").split(".")[0] + ".alpha": torch.tensor(float(case.alpha)) for layer in LAYERS}
+        save_file({key: p.detach().contiguous() for key, p in theirs.items()} | alphas, start)
         assert network.load_weights(start) == len(LAYERS)
     else:
         network.save(start)
@@ -136,17 +124,13 @@ def test_losses_and_parameters_follow_peft(case, tmp_path):
             got.backward()
             done = network.step()
             relative = abs(got.item() / want.item() - 1)
-            assert relative <= LOSS_TOLERANCE, (
-                f"micro-step {number}: {got.item()} instead of {want.item()}"
-            )
+            assert relative <= LOSS_TOLERANCE, f"micro-step {number}: {got.item()} instead of {want.item()}"
             losses.append(got.item())
             worst = max(worst, relative)
         # An infinite bound only measures.
         norm = torch.nn.utils.clip_grad_norm_(trained, case.clip or float("inf")).item()
         assert (done["updated"], done["step"]) == (True, step + 1)
-        assert done["learning_rate"] == pytest.approx(
-            schedule.get_last_lr()[0], rel=1e-12, abs=1e-18
-        )
+        assert done["learning_rate"] == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=1e-18)
         assert done["gradient_norm"] == pytest.approx(norm, rel=1e-3)
         clipped += norm > case.clip > 0
         optimizer.step()
@@ -155,17 +139,11 @@ def test_losses_and_parameters_follow_peft(case, tmp_path):
 
     ends = [sum(part) for part in (losses[:10], losses[-10:])]
     assert ends[1] < 0.8 * ends[0], f"nothing was learned: {ends}"
-    assert clipped >= (0.5 * STEPS if case.clip else 0), (
-        f"only {clipped} steps were clipped"
-    )
+    assert clipped >= (0.5 * STEPS if case.clip else 0), f"only {clipped} steps were clipped"
     network.save(tmp_path / "end.safetensors")
     saved = load_file(tmp_path / "end.safetensors")
-    apart = {
-        key: off(saved[key].reshape(p.shape), p.detach()) for key, p in theirs.items()
-    }
-    print(
-        f"worst: loss {worst:.1e}, parameters {max(apart.values()):.1e}; {clipped} of {STEPS} steps clipped"
-    )
+    apart = {key: off(saved[key].reshape(p.shape), p.detach()) for key, p in theirs.items()}
+    print(f"worst: loss {worst:.1e}, parameters {max(apart.values()):.1e}; {clipped} of {STEPS} steps clipped")
     assert max(apart.values()) <= PARAMETER_TOLERANCE, apart
 
 

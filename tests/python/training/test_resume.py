@@ -13,29 +13,27 @@ import sys
 import time
 from pathlib import Path
 
-import lycore
 import pytest
-from nets import attached, loss_of, net
-from runs import CONFIG, progress_of
 from safetensors.numpy import load_file
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(os, "fork"), reason="kills processes made by fork"
-)
+import lycore
+
+from .nets import attached, loss_of, net
+from .runs import CONFIG, progress_of
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes made by fork")
 
 STEPS = 48
-HERE = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 class Server:
     """A process that forks training runs."""
 
     def __init__(self) -> None:
-        path = os.pathsep.join(
-            [str(HERE.parents[2] / "plugin"), os.environ.get("PYTHONPATH", "")]
-        )
+        path = os.pathsep.join([str(TESTS.parents[1] / "plugin"), str(TESTS), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "runs.py"],
+            [sys.executable, "-m", "training.runs"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -45,9 +43,7 @@ class Server:
 
     def start(self, folder: Path, **options: object) -> Run:
         """Starts a run, or one that goes on from the state in `folder`."""
-        self.process.stdin.write(
-            json.dumps({"folder": str(folder), "steps": STEPS, **options}) + "\n"
-        )
+        self.process.stdin.write(json.dumps({"folder": str(folder), "steps": STEPS, **options}) + "\n")
         return Run(self, folder)
 
     def line(self) -> list[str]:
@@ -113,15 +109,10 @@ class Whole:
         run = server.start(folder, accumulate=accumulate, hashes=True)
         run.finish()
         self.states = {int(m[1]): m[2] for m in run.told("saved")}
-        assert (
-            sorted(self.states) == list(range(1, STEPS + 1))
-            and len(set(self.states.values())) == STEPS
-        )
+        assert sorted(self.states) == list(range(1, STEPS + 1)) and len(set(self.states.values())) == STEPS
         self.end = end_of(folder)
         starts = {tuple(m): at for m, at in zip(run.marks, run.times, strict=True)}
-        self.save_time = statistics.median(
-            starts["end", str(t)] - starts["begin", str(t)] for t in range(1, STEPS + 1)
-        )
+        self.save_time = statistics.median(starts["end", str(t)] - starts["begin", str(t)] for t in range(1, STEPS + 1))
 
 
 def sha256(path: Path) -> str:
@@ -138,14 +129,8 @@ def end_of(folder: Path) -> dict[str, str]:
     """Hashes of both files that a run leaves, and of each tensor of the state."""
     tensors = load_file(folder / "final.safetensors")
     assert {"master"} < set(tensors)
-    hashes = {
-        name: hashlib.sha256(value.tobytes()).hexdigest()
-        for name, value in tensors.items()
-    }
-    return hashes | {
-        name: sha256(folder / name)
-        for name in ("adapter.safetensors", "final.safetensors")
-    }
+    hashes = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in tensors.items()}
+    return hashes | {name: sha256(folder / name) for name in ("adapter.safetensors", "final.safetensors")}
 
 
 def check_after_kill(run: Run, folder: Path, whole: Whole) -> str:
@@ -174,18 +159,11 @@ def server(torch_library):
 @pytest.fixture(scope="module")
 def wholes(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return {
-        accumulate: Whole(server, folder / str(accumulate), accumulate)
-        for accumulate in (1, 3)
-    }
+    return {accumulate: Whole(server, folder / str(accumulate), accumulate) for accumulate in (1, 3)}
 
 
-@pytest.mark.parametrize(
-    ("accumulate", "every", "seed"), [(1, 1, 1), (1, 5, 2), (3, 1, 3), (3, 4, 4)]
-)
-def test_killed_at_random_it_ends_on_the_same_bits(
-    server, wholes, tmp_path, accumulate, every, seed
-):
+@pytest.mark.parametrize(("accumulate", "every", "seed"), [(1, 1, 1), (1, 5, 2), (3, 1, 3), (3, 4, 4)])
+def test_killed_at_random_it_ends_on_the_same_bits(server, wholes, tmp_path, accumulate, every, seed):
     """At any moment: while it starts, computes, saves, or between."""
     chance, whole = random.Random(seed), wholes[accumulate]
     falls, starts = [], []
@@ -206,9 +184,7 @@ def test_killed_at_random_it_ends_on_the_same_bits(
     assert end_of(tmp_path) == whole.end
 
 
-def test_killed_while_saving_the_state_is_old_or_new_never_half(
-    server, wholes, tmp_path
-):
+def test_killed_while_saving_the_state_is_old_or_new_never_half(server, wholes, tmp_path):
     """Kills within the time that a save takes, again and again, until the run has come to its end."""
     chance, whole = random.Random(5), wholes[1]
     falls = []
@@ -224,16 +200,10 @@ def test_killed_while_saving_the_state_is_old_or_new_never_half(
             break
         # What a killed save leaves is its unfinished copy, and nothing under a name that anyone reads.
         others = {f.name for f in tmp_path.iterdir() if not f.match(".lycore-*.tmp")}
-        assert others <= {
-            "state.safetensors",
-            "adapter.safetensors",
-            "final.safetensors",
-        }
+        assert others <= {"state.safetensors", "adapter.safetensors", "final.safetensors"}
     counts = {fall: falls.count(fall) for fall in sorted(set(falls))}
     print(counts)
-    assert sum(n for fall, n in counts.items() if fall.startswith("saving")) >= 5, (
-        counts
-    )
+    assert sum(n for fall, n in counts.items() if fall.startswith("saving")) >= 5, counts
     server.start(tmp_path).finish()
     assert end_of(tmp_path) == whole.end
 
@@ -270,14 +240,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path):
     network.save_state(path)
     content, before = path.read_bytes(), network.parameters.clone()
     chance = random.Random(6)
-    for length in [
-        0,
-        7,
-        8,
-        100,
-        len(content) - 1,
-        *(chance.randrange(len(content)) for _ in range(20)),
-    ]:
+    for length in [0, 7, 8, 100, len(content) - 1, *(chance.randrange(len(content)) for _ in range(20))]:
         path.write_bytes(content[:length])
         with pytest.raises(lycore.FileError) as caught:
             network.load_state(path)
