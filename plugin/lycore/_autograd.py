@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Their outputs are fresh memory that no other node of the graph keeps, so the delta may be added in place.
 _FRESH = {nn.Linear, *_CONVOLUTIONS}
+# The `out_proj` of torch's MultiheadAttention, which reads its weight and never calls it: a hook would not run.
+_NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
 class _Delta(torch.autograd.Function):
@@ -91,11 +93,14 @@ def hook(network: Network, index: int, layer: nn.Module) -> Callable[..., torch.
 
 def supported(layer: nn.Module) -> bool:
     """Whether a module can be put on this layer."""
-    return isinstance(layer, (nn.Linear, *_CONVOLUTIONS))
+    return isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) and not isinstance(layer, _NEVER_CALLED)
 
 
 def shape_of(name: str, layer: nn.Module) -> tuple[tuple[int, ...], dict[str, Any] | None]:
     """Shape of the layer's weight as it computes, and how a convolution slides (None for Linear)."""
+    if isinstance(layer, _NEVER_CALLED):
+        what = f"`{name}` is read by torch's MultiheadAttention without being called; a module on it would not train."
+        raise UnsupportedError(what, hint="leave this layer out", key=name)
     if isinstance(layer, nn.Linear):
         # Not the weight's own shape: quantised layers pack it.
         return (layer.out_features, layer.in_features), None

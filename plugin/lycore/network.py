@@ -91,6 +91,9 @@ class Network:
             first = layers[0][0] if layers else ""
             hint = f"names look like `{first}`" if layers else "the model has no Linear or convolution"
             raise AdapterKeyError(f"None of {len(layers)} layers matches {targets!r}.", hint=hint, key=str(targets))
+        # First, so that a layer that cannot have a module leaves everything as it was.
+        for name, layer in chosen:
+            _autograd.shape_of(prefix + name, layer)
         for name, layer in chosen:
             self.add(prefix + name, layer)
         return [name for name, _ in chosen]

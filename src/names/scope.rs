@@ -133,6 +133,13 @@ pub fn classify(name: &str) -> Place<'_> {
     if let Some(&(_, prefix, scope)) = longest {
         return Place { scope, rest: &name[prefix.len()..] };
     }
+    // transformers 5 holds a CLIP encoder without `text_model.` around it. The layers' own names keep a diffusion model with an
+    // `encoder` of another kind apart.
+    if name.starts_with("encoder.layers.")
+        && [".self_attn.", ".mlp.fc"].iter().any(|inner| name.contains(inner))
+    {
+        return Place { scope: Scope::LoneEncoder, rest: name };
+    }
     match name.split_once(".transformer.") {
         Some((encoder, rest))
             if !encoder.contains('.') && ENCODERS.iter().any(|e| encoder.starts_with(e)) =>

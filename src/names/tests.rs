@@ -346,3 +346,21 @@ fn the_right_strength_applies() {
         assert_eq!(part_of(module, target), part, "{module} on {target}");
     }
 }
+
+#[test]
+fn an_encoder_of_transformers_5_answers_to_every_spelling() {
+    let index = Index::new(&[
+        ("encoder.layers.0.self_attn.q_proj.weight", 8),
+        ("encoder.layers.1.mlp.fc1.weight", 8),
+    ]);
+    for (module, target) in [
+        ("text_encoder.encoder.layers.0.self_attn.q_proj", 0),
+        ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 0),
+        ("lora_te_text_model_encoder_layers_1_mlp_fc1", 1),
+        ("lora_te1_text_model_encoder_layers_1_mlp_fc1", 1),
+        ("encoder.layers.1.mlp.fc1", 1),
+    ] {
+        assert_eq!(index.resolve(module), whole(target), "{module}");
+    }
+    assert_eq!(index.resolve("lora_unet_encoder_layers_0_self_attn_q_proj"), None);
+}

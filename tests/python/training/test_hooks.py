@@ -144,6 +144,25 @@ def test_inputs_that_do_not_lie_row_major(made, tmp_path):
     check(one, leaf)
 
 
+@pytest.mark.parametrize("made", [LAYERS_AND_INPUTS["linear, four axes"], LAYERS_AND_INPUTS["conv2d 3x3"]])
+@pytest.mark.parametrize("how", ["transposed", "expanded", "channels_last"])
+def test_gradients_that_do_not_lie_row_major(made, how, tmp_path):
+    layer, shape = made
+    one = One(layer(), tmp_path)
+    x = noise(*shape).requires_grad_()
+    y = one.layer(x)
+    if how == "transposed":
+        grad_y = weights(y.transpose(1, 3).shape).transpose(1, 3)
+    elif how == "expanded":
+        grad_y = weights(y[:1].shape).expand(y.shape)
+    else:
+        grad_y = weights(y.shape).to(memory_format=torch.channels_last)
+    assert not grad_y.is_contiguous()
+    y.backward(grad_y)
+    for got, want in zip([x.grad, *one.gradients()], one.expected(x, grad_y)[1:], strict=True):
+        assert off(got, want) <= EXACT
+
+
 def test_a_channels_last_model_trains_like_a_contiguous_one():
     gradients = []
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -324,14 +343,15 @@ def test_no_graph_stays_behind_over_200_steps():
     network = lycore.Network({"network_dim": 2})
     network.add("layer", layer)
     network.build()
-    x = noise(512, 512)
-    assert x.numel() * x.element_size() == 1 << 20
+    values = noise(512, 512)
+    assert values.numel() * values.element_size() == 1 << 20
 
-    def step() -> weakref.ref:
+    def step() -> list[weakref.ref]:
+        x = values.clone().requires_grad_()
         y = layer(x)
-        y.mean().backward()
+        y.square().mean().backward()
         network.step()
-        return weakref.ref(y)
+        return [weakref.ref(x), weakref.ref(y), weakref.ref(x.grad)]
 
     gc.collect()
     gc.disable()
@@ -339,7 +359,7 @@ def test_no_graph_stays_behind_over_200_steps():
         for _ in range(20):
             step()
         counts, memory = ((len(gc.get_objects()), sum(map(torch.is_tensor, gc.get_objects()))), resident())
-        alive = sum(step()() is not None for _ in range(200))
+        alive = sum(seen() is not None for _ in range(200) for seen in step())
         after = (len(gc.get_objects()), sum(map(torch.is_tensor, gc.get_objects())))
         grown = resident() - memory
     finally:
@@ -459,6 +479,27 @@ def test_written_parameters_take_effect(precision):
     network.parameters.fill_(0.5)
     # up @ down is 2 * 0.5 * 0.5 everywhere.
     assert off(layer(x) - base, 0.5 * x.sum(1, keepdim=True).expand(3, 8)) <= 0.02
+
+
+def test_an_attach_that_fails_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"), nn.Linear(4, 4))
+    network = lycore.Network({"network_dim": 2})
+    with pytest.raises(lycore.UnsupportedError, match="circular"):
+        network.attach(model)
+    assert not any(layer._forward_hooks for layer in model) and network.names == []
+    # And the network can still be put on the others.
+    assert network.attach(model, ["0", "2"]) == ["0", "2"]
+    with pytest.raises(lycore.ArgumentError, match="registered already"):
+        network.attach(model, ["2"])
+    assert [len(layer._forward_hooks) for layer in model] == [1, 0, 1]
+
+
+def test_a_layer_that_torch_never_calls_is_refused():
+    """MultiheadAttention reads the weight of its `out_proj`; a module on it would never learn."""
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    assert lycore.Network().attach(model) == ["linear1", "linear2"]
+    with pytest.raises(lycore.UnsupportedError, match="self_attn"):
+        lycore.Network().add("self_attn.out_proj", model.self_attn.out_proj)
 
 
 def test_attach_chooses_layers_by_pattern_by_function_or_takes_all():

@@ -19,6 +19,8 @@ RATE = 3e-3
 RANK = 8
 LOSS_TOLERANCE = 1e-5
 """Relative, at every micro-step."""
+NORM_TOLERANCE = 1e-4
+"""Relative, of the gradient's norm, at every update: wider than the losses', since the loss is flat where it ends."""
 PARAMETER_TOLERANCE = 1e-4
 """Of a factor's largest value, after the last step: AdamW divides by the gradient's own size, so the rounding of a
 gradient near 0 becomes a whole fraction of a learning rate."""
@@ -114,7 +116,7 @@ def test_losses_and_parameters_follow_peft(case, tmp_path):
     adamw = {"weight_decay": 0.01} | case.adamw
     optimizer = torch.optim.AdamW(trained, lr=RATE, **adamw)
     schedule = case.schedule(optimizer)
-    losses, clipped, worst = [], 0, 0.0
+    losses, clipped, worst, worst_norm = [], 0, 0.0, 0.0
     for step in range(STEPS):
         for micro in range(case.accumulate):
             number = step * case.accumulate + micro
@@ -131,7 +133,8 @@ def test_losses_and_parameters_follow_peft(case, tmp_path):
         norm = torch.nn.utils.clip_grad_norm_(trained, case.clip or float("inf")).item()
         assert (done["updated"], done["step"]) == (True, step + 1)
         assert done["learning_rate"] == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=1e-18)
-        assert done["gradient_norm"] == pytest.approx(norm, rel=1e-3)
+        assert done["gradient_norm"] == pytest.approx(norm, rel=NORM_TOLERANCE)
+        worst_norm = max(worst_norm, abs(done["gradient_norm"] / norm - 1))
         clipped += norm > case.clip > 0
         optimizer.step()
         schedule.step()
@@ -143,7 +146,9 @@ def test_losses_and_parameters_follow_peft(case, tmp_path):
     network.save(tmp_path / "end.safetensors")
     saved = load_file(tmp_path / "end.safetensors")
     apart = {key: off(saved[key].reshape(p.shape), p.detach()) for key, p in theirs.items()}
-    print(f"worst: loss {worst:.1e}, parameters {max(apart.values()):.1e}; {clipped} of {STEPS} steps clipped")
+    print(
+        f"worst: loss {worst:.1e}, norm {worst_norm:.1e}, parameters {max(apart.values()):.1e}; {clipped} of {STEPS} steps clipped"
+    )
     assert max(apart.values()) <= PARAMETER_TOLERANCE, apart
 
 
