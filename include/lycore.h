@@ -635,7 +635,7 @@ lycore_status lycore_network_zero_gradients(struct lycore_network *network,
 
 // The flat buffer that `which` (LYCORE_BUFFER_*) names, fp32, one axis, on the network's device: for an all-reduce, or to look at. It is longer
 // than lycore_network_parameter_count: parameters begin at aligned offsets, with zeros between them. Valid until the network is freed; its
-// content changes with backward and step.
+// content changes with backward and step. After writing parameters call lycore_network_refresh.
 //
 // # Safety
 // `out` may be written. `error` is NULL or may be written.
@@ -643,6 +643,25 @@ lycore_status lycore_network_buffer(struct lycore_network *network,
                                     int32_t which,
                                     struct lycore_tensor *out,
                                     struct lycore_error **error);
+
+// Makes forward and backward see what the host wrote into the parameters of lycore_network_buffer (a broadcast, an average): with
+// mixed_precision they read a copy in the compute dtype, which otherwise only a step refreshes.
+//
+// # Safety
+// `error` is NULL or may be written.
+lycore_status lycore_network_refresh(struct lycore_network *network,
+                                     void *stream,
+                                     struct lycore_error **error);
+
+// How far the training is, for example after lycore_network_load_state: updates done, and calls of lycore_network_step since the last one
+// (more than 0 in the middle of a gradient accumulation).
+//
+// # Safety
+// `steps` and `micro_steps` may be written. `error` is NULL or may be written.
+lycore_status lycore_network_progress(const struct lycore_network *network,
+                                      uint64_t *steps,
+                                      uint64_t *micro_steps,
+                                      struct lycore_error **error);
 
 // Number of trainable parameters; 0 when `network` is not a live network.
 uint64_t lycore_network_parameter_count(const struct lycore_network *network);

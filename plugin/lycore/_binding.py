@@ -324,6 +324,10 @@ def declare(library: CDLL) -> None:
     library.lycore_network_zero_gradients.argtypes = [c_void_p, c_void_p, POINTER(c_void_p)]
     library.lycore_network_buffer.restype = c_int32
     library.lycore_network_buffer.argtypes = [c_void_p, c_int32, POINTER(lycore_tensor), POINTER(c_void_p)]
+    library.lycore_network_refresh.restype = c_int32
+    library.lycore_network_refresh.argtypes = [c_void_p, c_void_p, POINTER(c_void_p)]
+    library.lycore_network_progress.restype = c_int32
+    library.lycore_network_progress.argtypes = [c_void_p, POINTER(c_uint64), POINTER(c_uint64), POINTER(c_void_p)]
     library.lycore_network_parameter_count.restype = c_uint64
     library.lycore_network_parameter_count.argtypes = [c_void_p]
     library.lycore_network_save.restype = c_int32

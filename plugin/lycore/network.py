@@ -140,9 +140,20 @@ class Network:
         """Clears the gradients, for example after a batch that shall not count."""
         self._call("lycore_network_zero_gradients", None)
 
+    def refresh(self) -> None:
+        """Makes the next forward see what was written into `parameters`."""
+        self._call("lycore_network_refresh", None)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Updates done, and calls of `step` since the last one (more than 0 in the middle of an accumulation)."""
+        steps, micro_steps = c_uint64(), c_uint64()
+        self._call("lycore_network_progress", byref(steps), byref(micro_steps))
+        return steps.value, micro_steps.value
+
     @property
     def parameters(self) -> torch.Tensor:
-        """All parameters, fp32, flat, on the network's device; a view, so that writing it changes them."""
+        """All parameters, fp32, flat, on the network's device; a view. After writing it call `refresh`."""
         return self._buffer(LYCORE_BUFFER_PARAMETERS)
 
     @property

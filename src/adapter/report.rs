@@ -1,9 +1,8 @@
-//! The load report: what became of every key of a file, as data, JSON and text. Nothing is dropped silently.
+//! The load report: what became of every key of a file, as data and JSON. Nothing is dropped silently.
 
 use super::Adapter;
 use crate::merge::plan::Binding;
 use serde_json::{json, Value};
-use std::fmt::Write;
 
 /// One key of the file.
 #[derive(Clone, Debug)]
@@ -84,34 +83,6 @@ pub fn json(adapter: &Adapter, binding: Option<&Binding>) -> Value {
         }
     }
     report
-}
-
-/// The report for people: a summary, then only what needs attention.
-pub fn text(report: &Value) -> String {
-    let mut out = String::new();
-    let summary: Vec<String> = report["summary"]
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter(|(name, count)| matches!(name.as_str(), "keys" | "modules") || count.as_u64() != Some(0))
-        .map(|(name, count)| format!("{count} {name}"))
-        .collect();
-    let _ = writeln!(out, "{}: {}", report["file"].as_str().unwrap_or(""), summary.join(", "));
-    for key in report["keys"].as_array().into_iter().flatten() {
-        let field = |name: &str| key[name].as_str().unwrap_or("");
-        match field("status") {
-            "unmatched" => {
-                let nearest = field("nearest");
-                let lead = if nearest.is_empty() { String::new() } else { format!(" (nearest: {nearest})") };
-                let _ = writeln!(out, "  unmatched: {}{lead}", field("key"));
-            }
-            status @ ("unsupported" | "malformed") => {
-                let _ = writeln!(out, "  {status}: {}: {}", field("key"), field("reason"));
-            }
-            _ => {}
-        }
-    }
-    out
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd)]

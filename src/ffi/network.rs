@@ -317,7 +317,7 @@ pub unsafe extern "C" fn lycore_network_zero_gradients(
 
 /// The flat buffer that `which` (LYCORE_BUFFER_*) names, fp32, one axis, on the network's device: for an all-reduce, or to look at. It is longer
 /// than lycore_network_parameter_count: parameters begin at aligned offsets, with zeros between them. Valid until the network is freed; its
-/// content changes with backward and step.
+/// content changes with backward and step. After writing parameters call lycore_network_refresh.
 ///
 /// # Safety
 /// `out` may be written. `error` is NULL or may be written.
@@ -346,6 +346,52 @@ pub unsafe extern "C" fn lycore_network_buffer(
                     *out = describe(&view, &mut n.shapes[at], &mut n.strides[at]);
                     Ok(())
                 })
+            }
+        })
+    }
+}
+
+/// Makes forward and backward see what the host wrote into the parameters of lycore_network_buffer (a broadcast, an average): with
+/// mixed_precision they read a copy in the compute dtype, which otherwise only a step refreshes.
+///
+/// # Safety
+/// `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_network_refresh(
+    network: *mut lycore_network,
+    stream: *mut c_void,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            training! {
+                on_network(network, |n| in_scope(n.device, stream, || Ok(n.network.refresh()?)))
+            }
+        })
+    }
+}
+
+/// How far the training is, for example after lycore_network_load_state: updates done, and calls of lycore_network_step since the last one
+/// (more than 0 in the middle of a gradient accumulation).
+///
+/// # Safety
+/// `steps` and `micro_steps` may be written. `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_network_progress(
+    network: *const lycore_network,
+    steps: *mut u64,
+    micro_steps: *mut u64,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            let (steps, micro_steps) =
+                (boundary::out(steps, "steps")?, boundary::out(micro_steps, "micro_steps")?);
+            training! {
+                (*steps, *micro_steps) = on_network(network, |n| Ok(n.network.progress()))?;
+                Ok(())
             }
         })
     }

@@ -84,11 +84,6 @@ impl Binding {
         self.problems.get(module)
     }
 
-    /// Number of readable modules that are not applied.
-    pub fn problems(&self) -> usize {
-        self.problems.len()
-    }
-
     /// The target that module `i` changes, and the part of it.
     pub fn target(&self, module: usize) -> Option<(&str, Option<Slice>)> {
         self.found.get(&module).map(|(name, slice)| (name.as_str(), *slice))

@@ -242,6 +242,16 @@ impl Network {
         Ok(())
     }
 
+    /// Makes forward and backward see what the host wrote into [`Network::parameters`].
+    pub fn refresh(&mut self) -> Result<()> {
+        self.built_mut()?.params.refresh()
+    }
+
+    /// Updates done so far, and calls of `step` since the last one (in the middle of an accumulation).
+    pub fn progress(&self) -> (u64, u64) {
+        (self.steps, self.micro)
+    }
+
     /// All parameters in fp32, flat; parameters begin at aligned offsets with zeros between them.
     pub fn parameters(&self) -> Result<&Tensor> {
         Ok(self.built()?.params.master())

@@ -41,6 +41,11 @@ static void network_calls(lycore_network *handle, lycore_status want) {
     FAILS_NETWORK(want, lycore_network_backward(handle, 0, &x, &y, NULL, NULL, e));
     FAILS_NETWORK(want, lycore_network_step(handle, NULL, &out.step, e));
     FAILS_NETWORK(want, lycore_network_zero_gradients(handle, NULL, e));
+    FAILS_NETWORK(want, lycore_network_refresh(handle, NULL, e));
+    uint64_t steps = 7, micro_steps = 7;
+    FAILS_NETWORK(want, lycore_network_progress(handle, &steps, &micro_steps, e));
+    CHECK_EQUAL(steps, 7);
+    CHECK_EQUAL(micro_steps, 7);
     FAILS_NETWORK(want, lycore_network_buffer(handle, LYCORE_BUFFER_PARAMETERS, &out.tensor, e));
     FAILS_NETWORK(want, lycore_network_save(handle, output_path, NULL, NULL, e));
     FAILS_NETWORK(want, lycore_network_save_state(handle, output_path, e));
@@ -228,6 +233,10 @@ static void pointers(void) {
     FAILS_NETWORK(null, lycore_network_backward(network, 0, NULL, &y, NULL, NULL, e));
     FAILS_NETWORK(null, lycore_network_backward(network, 0, &x, NULL, NULL, NULL, e));
     FAILS_NETWORK(null, lycore_network_buffer(network, LYCORE_BUFFER_PARAMETERS, NULL, e));
+    uint64_t steps = 7;
+    FAILS_NETWORK(null, lycore_network_progress(network, NULL, &steps, e));
+    FAILS_NETWORK(null, lycore_network_progress(network, &steps, NULL, e));
+    CHECK_EQUAL(steps, 7);
     FAILS_NETWORK(null, lycore_network_save(network, NULL, NULL, NULL, e));
     FAILS_NETWORK(bad, lycore_network_save(network, not_utf8, NULL, NULL, e));
     FAILS_NETWORK(bad, lycore_network_save(network, output_path, not_utf8, NULL, e));

@@ -460,6 +460,7 @@ static void networks(void) {
     FAILS(train, lycore_network_backward(n, 0, &x, &y, NULL, NULL, e));
     FAILS(train, lycore_network_step(n, NULL, &out.step, e));
     FAILS(train, lycore_network_zero_gradients(n, NULL, e));
+    FAILS(train, lycore_network_refresh(n, NULL, e));
     FAILS(train, lycore_network_buffer(n, LYCORE_BUFFER_GRADIENTS, &out.tensor, e));
     FAILS(train, lycore_network_save(n, output_path, NULL, NULL, e));
     FAILS(train, lycore_network_save_state(n, output_path, e));

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+from lora_formula import product
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,24 +56,12 @@ def make_lora(tmp_path, rng):
             lora.tensors |= {f"{module}.{key}": value for key, value in factors.items()}
             lora.tensors[f"{module}.alpha"] = numpy.array(alpha, dtype)
             for result, change in ((lora.deltas, numpy.asarray), (lora.magnitudes, numpy.abs)):
-                wide = {key: change(value.astype(numpy.float64)) for key, value in factors.items()}
-                result[module] = formula(wide, shape, alpha / rank)
+                wide = {key.split("_")[1].split(".")[0]: change(v.astype(numpy.float64)) for key, v in factors.items()}
+                result[module] = alpha / rank * product(wide).reshape(shape)
         save_file(lora.tensors, lora.path, metadata=metadata)
         return lora
 
     return make
-
-
-def formula(factors: dict[str, numpy.ndarray], shape: list[int], scale: float) -> numpy.ndarray:
-    """dW[o, i, k] = scale * sum_pq up[o, p] mid[p, q, k] down[q, i, k], in the factors' precision."""
-    up, down = factors["lora_up.weight"], factors["lora_down.weight"]
-    rank = down.shape[0]
-    if "lora_mid.weight" in factors:
-        mid = factors["lora_mid.weight"].reshape(rank, rank, -1)
-        delta = numpy.einsum("op,pqk,qi->oik", up.reshape(-1, rank), mid, down.reshape(rank, -1))
-    else:
-        delta = up.reshape(-1, rank) @ down.reshape(rank, -1)
-    return scale * delta.reshape(shape)
 
 
 def run_cli(*arguments: object, environment: dict[str, str] | None = None, code: str | None = None):

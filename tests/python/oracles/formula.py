@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy
 import torch
+from lora_formula import product
 from safetensors import safe_open
 
 SPELLINGS = {
@@ -57,16 +58,6 @@ class Change:
     def magnitude(self, shape: Sequence[int]) -> numpy.ndarray:
         """The same with absolute values: what rounding errors of the sums are relative to."""
         return self._magnitude.reshape(tuple(shape))
-
-
-def product(factors: Mapping[str, numpy.ndarray]) -> numpy.ndarray:
-    """The sums at the top of this file, without scale; the inner axes flattened."""
-    up, down = factors["up"], factors["down"]
-    rank = down.shape[0]
-    if "mid" in factors:
-        mid = factors["mid"].reshape(rank, rank, -1)
-        return numpy.einsum("op,pqk,qi->oik", up.reshape(-1, rank), mid, down.reshape(rank, -1), optimize=True)
-    return up.reshape(-1, rank) @ down.reshape(rank, -1)
 
 
 def read(path: Path, config: Mapping[str, Any] | None = None) -> dict[str, Change]:

@@ -15,7 +15,6 @@ import traceback
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 import lycore
 
@@ -37,11 +36,10 @@ def tell(*words: object) -> None:
     os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
 
-def progress_of(state: Path, accumulate: int) -> int:
-    """How many micro-steps a state has behind it."""
-    with safe_open(state, "numpy") as file:
-        metadata = file.metadata()
-    return int(metadata["step"]) * accumulate + int(metadata["micro_step"])
+def progress_of(network: lycore.Network, accumulate: int) -> int:
+    """How many micro-steps a network has behind it."""
+    steps, micro_steps = network.progress
+    return steps * accumulate + micro_steps
 
 
 def train(folder: str, steps: int, accumulate: int = 1, every: int = 1, pause: int = 0, hashes: bool = False) -> None:
@@ -51,10 +49,10 @@ def train(folder: str, steps: int, accumulate: int = 1, every: int = 1, pause: i
     network = attached(model, CONFIG | {"gradient_accumulation_steps": accumulate})
     done = 0
     if state.exists():
-        done = progress_of(state, accumulate)
         # Whatever the state does not bring would show at the end.
         fill(network, 1.0)
         network.load_state(state)
+        done = progress_of(network, accumulate)
     tell("start", done)
     for t in range(done, steps):
         loss_of(model, t).backward()

@@ -248,4 +248,4 @@ def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path):
         assert (network.parameters == before).all()
     path.write_bytes(content)
     network.load_state(path)
-    assert progress_of(path, 1) == 1
+    assert progress_of(network, 1) == 1
