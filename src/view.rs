@@ -189,6 +189,32 @@ impl View {
         Some(unsafe { std::slice::from_raw_parts(self.data, self.byte_len()) })
     }
 
+    /// The value of a host view with one element, of any number type: programs write `alpha` as they please.
+    pub fn scalar(&self) -> Option<f64> {
+        let bytes = self.bytes().filter(|_| self.count() == 1)?;
+        macro_rules! read {
+            ($number:ty) => {
+                Some(<$number>::from_le_bytes(bytes.try_into().ok()?) as f64)
+            };
+        }
+        match self.dtype {
+            Dtype::F64 => read!(f64),
+            Dtype::I64 => read!(i64),
+            Dtype::U64 => read!(u64),
+            Dtype::I32 => read!(i32),
+            Dtype::U32 => read!(u32),
+            Dtype::I16 => read!(i16),
+            Dtype::U16 => read!(u16),
+            Dtype::I8 => read!(i8),
+            Dtype::U8 => read!(u8),
+            dtype => {
+                let mut value = [0f32];
+                Float::of(dtype)?.read(bytes, &mut value);
+                Some(f64::from(value[0]))
+            }
+        }
+    }
+
     /// All elements of a host view, row-major, as f32.
     pub fn to_f32(&self, name: &str) -> Result<Vec<f32>> {
         let rows = Rows::of(self, name)?;
@@ -440,5 +466,26 @@ mod tests {
         assert!(v.narrow(Slice { axis: 2, start: 0, len: 1 }).is_err());
         assert!(v.narrow(Slice { axis: 0, start: usize::MAX, len: 2 }).is_err());
         assert_eq!(v.narrow(Slice { axis: 0, start: 1, len: 1 }).unwrap().shape(), [1, 2]);
+    }
+
+    #[test]
+    fn a_scalar_is_read_from_every_number_type() {
+        let keep: Arc<dyn Any + Send + Sync> = Arc::new(());
+        let cases: [(Dtype, &[u8]); 6] = [
+            (Dtype::F64, &8f64.to_le_bytes()),
+            (Dtype::F32, &8f32.to_le_bytes()),
+            (Dtype::F16, &[0x00, 0x48]),
+            (Dtype::BF16, &[0x00, 0x41]),
+            (Dtype::I64, &8i64.to_le_bytes()),
+            (Dtype::U8, &[8]),
+        ];
+        for (dtype, bytes) in cases {
+            for shape in [&[] as &[usize], &[1], &[1, 1]] {
+                // SAFETY: the bytes are constants of this test.
+                let tensor = unsafe { Tensor::of_bytes(bytes, dtype, shape, keep.clone()) }.unwrap();
+                assert_eq!(tensor.scalar(), Some(8.0), "{dtype}");
+            }
+        }
+        assert_eq!(Tensor::of_f32(vec![1.0, 2.0], &[2]).scalar(), None);
     }
 }

@@ -124,10 +124,17 @@ fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
     let alpha_tensor = group.get(ALPHA);
     let alpha = match alpha_tensor {
         None => group.alpha,
-        Some(t) if t.count() == 1 => Some(t.to_f32(module)?[0]),
-        Some(t) => {
-            return Err(malformed(module, format!("alpha must be one number, it has shape {:?}", t.shape())))
-        }
+        Some(t) => Some(t.scalar().ok_or_else(|| {
+            malformed(
+                module,
+                format!(
+                    "alpha must be one number in host memory, it is {} {:?} on {}",
+                    t.dtype(),
+                    t.shape(),
+                    t.device()
+                ),
+            )
+        })? as f32),
     };
     let mut lora = Lora::new(module, up.clone(), down.clone(), group.get(MID).cloned(), alpha)?;
     // An alpha from beside the file (PEFT's config) goes into the file when the module is saved.
