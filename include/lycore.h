@@ -20,6 +20,11 @@
 // unload time and installs no signal handlers; its own CPU threads (LYCORE_NUM_THREADS, default: all) start with the first call that needs them,
 // so fork before that call or not at all.
 //
+// GPU: calls that take a `stream` enqueue their work on it and do not wait; NULL means libtorch's current stream of the calling thread, (void *)1 the
+// legacy default stream. Calls that take none work on libtorch's current stream. A stack's copies of weights and a network's buffers belong to the
+// stream that was used first: use one stream for an object, or synchronise between two. While a call runs, autocast is off on its thread, also in
+// its callbacks.
+//
 // Numbers: W' = W + sum of strength * delta(W), every delta from the pristine W, products summed in fp32, one rounding to nearest even into W's
 // dtype. Strength 0 and restore give W back bit for bit.
 
@@ -142,7 +147,7 @@ typedef struct lycore_module {
   const char *name;
   // The algorithm's usual name, for example "LoRA".
   const char *algorithm;
-  // Rank of the factors.
+  // Rank of the factors; 0 where the algorithm has none.
   uint64_t rank;
   // alpha as the file gives it; the rank when it gives none.
   double alpha;
@@ -262,9 +267,9 @@ typedef struct lycore_patch {
   uint64_t struct_size;
   // Number of entries in the two arrays below.
   uint64_t count;
-  // Canonical names, as lycore_adapter_tensor gives them: "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha".
+  // Canonical names, as lycore_adapter_tensor gives them: "lora_up.weight", "lora_down.weight", "alpha", "hada_w1_a", ..
   const char *const *names;
-  // The tensors: row-major, in host memory or on the weight's device; "alpha" in host memory.
+  // The tensors: row-major, in host memory or on the weight's device; single numbers ("alpha", "on_input") in host memory.
   const struct lycore_tensor *tensors;
   // The user's number.
   double strength;
@@ -280,7 +285,7 @@ typedef struct lycore_step {
   uint64_t step;
   // Learning rate of this update; in the middle of an accumulation, of the coming one.
   double learning_rate;
-  // Norm of all gradients before clipping.
+  // Norm of all gradients, averaged over the accumulation, before clipping; 0 in the middle of an accumulation.
   double gradient_norm;
   // False in the middle of a gradient accumulation: nothing was changed yet.
   bool updated;
@@ -421,7 +426,8 @@ lycore_status lycore_stack_new(int32_t backup, struct lycore_stack **out, struct
 
 // Registers a weight: fp32, fp16 or bf16, any strides, [out, in] or [out, in / groups, kernel..], under the host's own name (with or
 // without ".weight"). All weights come before the first adapter. The memory must stay valid until the stack is freed; apply and restore
-// write it.
+// write it, and from the first apply until restore its content is the stack's: what the host writes meanwhile is lost. The same memory can be
+// registered once; ranges that overlap in part, and two stacks on one weight, are the caller's to avoid.
 //
 // # Safety
 // `name` is a NUL-terminated UTF-8 string; `weight` describes memory as said. `error` is NULL or may be written.
@@ -491,7 +497,7 @@ lycore_status lycore_stack_restore(struct lycore_stack *stack,
                                    struct lycore_error **error);
 
 // The bypass: adds to `y` what the adapters add to the output of the layer with weight `target`, at the strengths as they are set, without
-// touching the weight. Linear: x [.., in], y [.., out], `geometry` NULL. Convolution: x [batch, in, spatial..], y [batch, out, spatial..].
+// touching the weight. (If they are merged into it too, they count twice.) Linear: x [.., in], y [.., out], `geometry` NULL. Convolution: x [batch, in, spatial..], y [batch, out, spatial..].
 // Both row-major, on the same device. `stream` as in apply.
 //
 // # Safety
@@ -536,7 +542,7 @@ lycore_status lycore_weight_merge(const char *name,
 // tensors are the same bytes, metadata is kept and extended. `output` appears whole or not at all and may be `base` itself. Progress counts
 // bytes.
 //
-// `options` is NULL or JSON: {"dtype": "keep" | "fp32" | "fp16" | "bf16" (of every floating-point tensor; default keep),
+// `options` is NULL or JSON: {"dtype": "keep" | "fp32" | "fp16" | "bf16" (of every fp32, fp16 and bf16 tensor; others pass through; default keep),
 // "device": "cpu" | "cuda" | "cuda:N" (where to compute; default cpu)}.
 // `report` may be NULL; it becomes JSON {"base", "output", "device", "bytes", "tensors": {"changed", "copied"}, "adapters":
 // [load report as of lycore_stack_report]}, freed with lycore_text_free.

@@ -156,25 +156,16 @@ impl View {
                 .all(|((&s, r), &d)| d == 1 || s == r)
     }
 
-    /// The part of the view that `slice` names.
-    pub fn narrow(&self, slice: Slice) -> Result<View> {
-        let Slice { axis, start, len } = slice;
-        let end = start.checked_add(len);
-        if axis >= self.shape.len() || end.is_none_or(|end| end > self.shape[axis]) {
-            let what = format!(
-                "a slice of {len} from {start} along axis {axis} is outside a tensor of shape {:?}",
-                self.shape
-            );
-            return Err(Error::argument(what, ""));
-        }
-        let mut part = self.clone();
-        part.shape[axis] = len;
-        if part.count() > 0 {
-            let bytes = start * self.strides[axis] * self.dtype.bitsize() / 8;
-            // SAFETY: `start` is an index of an axis whose elements the view reaches (checked above).
-            part.data = unsafe { self.data.add(bytes) };
-        }
-        Ok(part)
+    /// Whether several indices may reach the same element, as in an expanded tensor. Sure where it says no.
+    pub fn repeats_elements(&self) -> bool {
+        let mut axes: Vec<_> = self.strides.iter().zip(&self.shape).filter(|(_, &size)| size > 1).collect();
+        axes.sort();
+        let mut reach = 0usize;
+        axes.into_iter().any(|(&stride, &size)| {
+            let inside = stride <= reach;
+            reach = reach.saturating_add(stride.saturating_mul(size - 1));
+            inside
+        })
     }
 
     /// The bytes of a row-major host view.
@@ -206,7 +197,7 @@ impl View {
             Dtype::I16 => read!(i16),
             Dtype::U16 => read!(u16),
             Dtype::I8 => read!(i8),
-            Dtype::U8 => read!(u8),
+            Dtype::U8 | Dtype::BOOL => read!(u8),
             dtype => {
                 let mut value = [0f32];
                 Float::of(dtype)?.read(bytes, &mut value);
@@ -215,8 +206,13 @@ impl View {
         }
     }
 
-    /// All elements of a host view, row-major, as f32.
+    /// All elements, row-major, as f32 in host memory.
     pub fn to_f32(&self, name: &str) -> Result<Vec<f32>> {
+        #[cfg(feature = "torch")]
+        if self.device != Device::Cpu {
+            // Only small factors come this way, when an algorithm folds them before the merge.
+            return crate::merge::torch::to_host(self);
+        }
         let rows = Rows::of(self, name)?;
         let mut out = vec![0.0; rows.rows * rows.cols];
         if rows.cols > 0 {
@@ -461,11 +457,26 @@ mod tests {
         assert!(view(&mut stored, &[2, 2], Some(&[-1, 1])).is_err());
         assert!(view(&mut stored, &[2, 2], Some(&[1])).is_err());
         assert!(view(&mut stored, &[2, 2], Some(&[i64::MAX, i64::MAX])).is_err());
-        let v = view(&mut stored, &[2, 2], None).unwrap();
-        assert!(v.narrow(Slice { axis: 0, start: 1, len: 2 }).is_err());
-        assert!(v.narrow(Slice { axis: 2, start: 0, len: 1 }).is_err());
-        assert!(v.narrow(Slice { axis: 0, start: usize::MAX, len: 2 }).is_err());
-        assert_eq!(v.narrow(Slice { axis: 0, start: 1, len: 1 }).unwrap().shape(), [1, 2]);
+    }
+
+    #[test]
+    fn repeated_elements_are_seen() {
+        let mut stored = vec![0f32; 64];
+        for (shape, strides, repeats) in [
+            (&[4, 4][..], &[4, 1][..], false),
+            (&[4, 4], &[1, 4], false),
+            (&[4, 4], &[0, 1], true),
+            (&[4, 4], &[1, 1], true),
+            (&[4, 4], &[3, 1], true),
+            (&[2, 3, 2], &[6, 1, 3], false),
+            (&[1, 4], &[0, 1], false),
+        ] {
+            assert_eq!(
+                view(&mut stored, shape, Some(strides)).unwrap().repeats_elements(),
+                repeats,
+                "{strides:?}"
+            );
+        }
     }
 
     #[test]

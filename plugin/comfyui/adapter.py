@@ -75,9 +75,12 @@ class LyCoreAdapter(WeightAdapterBase):
         if _is_identity(function):
             merge(weight, key, patches)
         else:
-            delta = torch.zeros(weight.shape, dtype=_sum_dtype(weight), device=weight.device)
+            # The host's function takes a delta. (IA)^3's depends on the weight; a sum of the others begins at zero.
+            base = weight.float()
+            start = base if any("on_input" in tensors for _, tensors, _ in patches) else torch.zeros_like(base)
+            delta = start.clone()
             merge(delta, key, patches)
-            weight.copy_(weight.to(delta.dtype) + function(delta))
+            weight.copy_(base + function(delta - start))
         return weight
 
     def h(self, x: torch.Tensor, base_out: torch.Tensor) -> torch.Tensor:
@@ -122,20 +125,16 @@ class LyCoreAdapter(WeightAdapterBase):
 def merge(weight: torch.Tensor, key: str, patches: list[Patch]) -> None:
     """weight += sum of strength * delta, in place, summed in fp32 and rounded once.
 
-    One call of LyCore where it reaches the weight. Else the sum is formed beside the weight: by LyCore when only its
-    dtype is foreign (fp8), by torch when its device is.
+    In place where LyCore reaches the weight; else (fp8, a device that its build does not know) in a copy beside it.
     """
-    native = unreachable(weight.device) is None
-    if native and weight.dtype in _NATIVE and type(weight) in (torch.Tensor, torch.nn.Parameter):
+    reached = unreachable(weight.device) is None
+    if reached and weight.dtype in _NATIVE and type(weight) in (torch.Tensor, torch.nn.Parameter):
         _merge_native(weight, key, patches)
         return
-    total = weight.to(_sum_dtype(weight))
-    if native and total is not weight and total.dtype in _NATIVE and type(total) is torch.Tensor:
-        _merge_native(total, key, patches)
-    else:
-        _merge_torch(total, patches)
-    if total is not weight:
-        weight.copy_(total)
+    total = torch.empty(weight.shape, dtype=torch.float32, device=weight.device if reached else "cpu")
+    total.copy_(weight)
+    _merge_native(total, key, patches)
+    weight.copy_(total)
 
 
 def unreachable(device: torch.device) -> str | None:
@@ -149,7 +148,7 @@ def unreachable(device: torch.device) -> str | None:
             lycore.weight_merge("probe", one, [(1.0, factors, None)])
         except (lycore.DeviceError, lycore.LibraryError, lycore.UnsupportedError) as problem:
             reason = problem.message
-            logging.getLogger("lycore").warning("LoRAs on %s are merged by torch: %s", device, problem)
+            logging.getLogger("lycore").warning("LoRAs on %s are merged on the CPU: %s", device, problem)
         _unreachable[device] = reason
     return _unreachable[device] or None
 
@@ -162,27 +161,18 @@ def _merge_native(weight: torch.Tensor, key: str, patches: list[Patch]) -> None:
     library.find().weight_merge(key, weight.detach(), moved)
 
 
-def _merge_torch(total: torch.Tensor, patches: list[Patch]) -> None:
-    for strength, tensors, piece in patches:
-        up, down, scale = _factors(tensors, total.device, total.dtype)
-        part = total if piece is None else total.narrow(*piece)
-        part.add_((up @ down.flatten(1)).reshape(part.shape), alpha=strength * scale)
-
-
 def _factors(
     tensors: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """up [out, r], down [r, in, kernel..] and alpha / rank. A Tucker core is folded into down."""
+    """up [out, r], down [r, in, kernel..] and alpha / rank of a LoRA. A Tucker core is folded into down."""
+    if "lora_up.weight" not in tensors:
+        raise NotImplementedError(f"A bypass of {sorted(tensors)} is not supported; load the LoRA without bypass.")
     up, down = (tensors[name].to(device, dtype) for name in ("lora_up.weight", "lora_down.weight"))
     rank = down.shape[0]
     if "lora_mid.weight" in tensors:
         mid = tensors["lora_mid.weight"].to(device, dtype)
         down = torch.einsum("pq...,qi->pi...", mid, down.flatten(1))
     return up.flatten(1), down, (tensors.get("alpha") or rank) / rank
-
-
-def _sum_dtype(weight: torch.Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _same(a: torch.Tensor) -> torch.Tensor:

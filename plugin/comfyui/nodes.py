@@ -222,7 +222,7 @@ def _report(read: Read, targets: Targets, device: Any) -> Iterator[str]:
         yield from _row_report(row, matched, targets)
     why = unreachable(device)
     if why:
-        yield f"Merged by torch on {device}: {why}"
+        yield f"Merged on the CPU, not on {device}: {why}"
 
 
 def _row_report(row: Row, matched: files.Matched, targets: Targets) -> Iterator[str]:

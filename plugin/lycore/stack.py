@@ -241,9 +241,9 @@ def weight_merge(
     """Merges modules into one weight, in place, in one pass, and returns it: for hosts that do their own bookkeeping
     of weights.
 
-    Each patch is (strength, tensors, slice): tensors by canonical name ("lora_up.weight", "lora_down.weight",
-    "lora_mid.weight", in host memory or on the weight's device, and "alpha", a number), on all of the weight or on a
-    slice of it. `name` is used in errors.
+    Each patch is (strength, tensors, slice): tensors by canonical name ("lora_up.weight", "hada_w1_a", ..), in host
+    memory or on the weight's device, "alpha" and "on_input" as numbers; on all of the weight or on a slice of it.
+    `name` is used in errors.
     """
     target = Descriptor(weight, name, writable=True)
     library = library_for(target.cuda_index)
@@ -314,6 +314,6 @@ def _named(weights: Mapping[str, Any] | Any) -> Iterator[tuple[str, Any]]:
 
 
 def _patch_tensor(key: str, value: Any, name: str) -> Descriptor:
-    if key != "alpha":
-        return Descriptor(row_major(value), f"{name}: {key}")
-    return Descriptor.number(float(value))
+    if key in ("alpha", "on_input"):
+        return Descriptor.number(float(value))
+    return Descriptor(row_major(value), f"{name}: {key}")

@@ -37,8 +37,7 @@ pub struct Module {
 impl Adapter {
     /// Opens and reads a safetensors adapter. `adapter_config.json` in the same folder is read for PEFT files, which keep alpha there.
     pub fn open(path: &Path) -> Result<Arc<Self>> {
-        let config = metadata::PeftConfig::beside(path)?;
-        Self::read(safetensors::File::open(path)?, config)
+        Self::read(safetensors::File::open(path)?, Some(path))
     }
 
     /// Reads an adapter from the bytes of a safetensors file.
@@ -46,11 +45,7 @@ impl Adapter {
         Self::read(safetensors::File::from_bytes(bytes)?, None)
     }
 
-    fn read(file: safetensors::File, config: Option<metadata::PeftConfig>) -> Result<Arc<Self>> {
-        let config = match config {
-            Some(config) => Some(config),
-            None => metadata::PeftConfig::inside(file.path(), file.metadata())?,
-        };
+    fn read(file: safetensors::File, path: Option<&Path>) -> Result<Arc<Self>> {
         let shared: Arc<safetensors::File> = Arc::new(file.clone());
         let mut keys: Vec<KeyState> = Vec::with_capacity(file.entries().len());
         let mut order: Vec<(String, keys::Dialect, Group, Vec<usize>)> = Vec::new();
@@ -86,9 +81,21 @@ impl Adapter {
             group.tensors.push((split.slot, tensor));
             members.push(index);
         }
+        // Only PEFT leaves alpha out of its files: a config that lies beside another program's file says nothing about it.
+        let lacks_alpha =
+            |dialect, group: &Group| dialect == keys::Dialect::Peft && group.get("alpha").is_none();
+        let config = match order.iter().any(|(_, dialect, group, _)| lacks_alpha(*dialect, group)) {
+            true => match (metadata::PeftConfig::inside(file.path(), file.metadata())?, path) {
+                (None, Some(path)) => metadata::PeftConfig::beside(path)?,
+                (inside, _) => inside,
+            },
+            false => None,
+        };
         let mut modules = Vec::with_capacity(order.len());
         for (name, dialect, mut group, members) in order {
-            group.alpha = config.as_ref().and_then(|c| c.alpha(&name));
+            if lacks_alpha(dialect, &group) {
+                group.alpha = config.as_ref().and_then(|c| c.alpha(&name));
+            }
             match algo::read(&name, &group) {
                 Ok(algorithm) => modules.push(Module { name, dialect, algorithm }),
                 Err(error) => {

@@ -10,17 +10,17 @@
 //! | `lora_mid.weight` | | | r, r, kernel |
 //! | `alpha` | one number; missing or 0: the rank | | |
 
-use super::{malformed, Algorithm, Group, Recipe};
-use crate::error::{Error, Result};
+use super::{malformed, Algorithm, Group, Recipe, ALPHA};
+use crate::error::Result;
 use crate::merge::ops::{LowRank, Op};
 use crate::view::Tensor;
 
 const UP: &str = "lora_up.weight";
 const DOWN: &str = "lora_down.weight";
 const MID: &str = "lora_mid.weight";
-const ALPHA: &str = "alpha";
 
-pub(super) const RECIPE: Recipe = Recipe { marks: &[UP, DOWN], knows: &[UP, DOWN, MID, ALPHA], read };
+pub(super) const RECIPE: Recipe =
+    Recipe { name: "LoRA / LoCon", marks: &[UP, DOWN], knows: &[UP, DOWN, MID, ALPHA], read };
 
 /// One LoRA / LoCon module.
 #[derive(Debug, Clone)]
@@ -73,46 +73,15 @@ impl Lora {
         for tensor in [Some(&up), Some(&down), mid.as_ref()].into_iter().flatten() {
             crate::dtype::Float::require(tensor.dtype(), module)?;
         }
-        if let Some(alpha) = alpha.filter(|a| !a.is_finite()) {
-            return Err(malformed(module, format!("alpha is {alpha}")));
-        }
         Ok(Lora { up, down, mid, alpha_tensor: None, alpha, rank })
     }
 
-    /// alpha / rank. LyCORIS and sd-scripts read a missing or zero alpha as the rank.
-    pub fn scale(&self) -> f64 {
-        match self.alpha {
-            None | Some(0.0) => 1.0,
-            Some(alpha) => f64::from(alpha) / self.rank as f64,
-        }
-    }
-
-    /// `down` with the Tucker core folded in, as [r, I * kernel]; computed in f64 and rounded once.
+    /// `down` with the Tucker core folded in, as [r, I * kernel].
     fn folded_down(&self, module: &str) -> Result<Tensor> {
-        let down_cols = self.down.count() / self.rank;
-        let Some(mid) = &self.mid else {
-            return self.down.reshape(&[self.rank, down_cols]).ok_or_else(|| {
-                Error::argument(
-                    format!("`{module}`: the down factor must be contiguous"),
-                    "call .contiguous() on it",
-                )
-            });
-        };
-        let (mid, down) = (mid.to_f32(module)?, self.down.to_f32(module)?);
-        let (r, kernel) = (self.rank, mid.len() / (self.rank * self.rank));
-        let mut folded = vec![0f64; r * down_cols * kernel];
-        for p in 0..r {
-            for q in 0..r {
-                let core = &mid[(p * r + q) * kernel..][..kernel];
-                for (i, &d) in down[q * down_cols..][..down_cols].iter().enumerate() {
-                    let out = &mut folded[(p * down_cols + i) * kernel..][..kernel];
-                    for (o, &m) in out.iter_mut().zip(core) {
-                        *o += f64::from(m) * f64::from(d);
-                    }
-                }
-            }
+        match &self.mid {
+            Some(mid) => super::fold(module, mid, &self.down),
+            None => super::matrix(module, &self.down, self.rank),
         }
-        Ok(Tensor::of_f32(folded.into_iter().map(|v| v as f32).collect(), &[r, down_cols * kernel]))
     }
 }
 
@@ -121,24 +90,9 @@ fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
         let missing = if group.get(UP).is_some() { DOWN } else { UP };
         return Err(malformed(module, format!("`{missing}` is missing")));
     };
-    let alpha_tensor = group.get(ALPHA);
-    let alpha = match alpha_tensor {
-        None => group.alpha,
-        Some(t) => Some(t.scalar().ok_or_else(|| {
-            malformed(
-                module,
-                format!(
-                    "alpha must be one number in host memory, it is {} {:?} on {}",
-                    t.dtype(),
-                    t.shape(),
-                    t.device()
-                ),
-            )
-        })? as f32),
-    };
+    let (alpha_tensor, alpha) = super::alpha(module, group)?;
     let mut lora = Lora::new(module, up.clone(), down.clone(), group.get(MID).cloned(), alpha)?;
-    // An alpha from beside the file (PEFT's config) goes into the file when the module is saved.
-    lora.alpha_tensor = alpha_tensor.cloned().or_else(|| alpha.map(|a| Tensor::of_f32(vec![a], &[])));
+    lora.alpha_tensor = alpha_tensor;
     Ok(Box::new(lora))
 }
 
@@ -151,8 +105,8 @@ impl Algorithm for Lora {
         }
     }
 
-    fn rank(&self) -> usize {
-        self.rank
+    fn rank(&self) -> Option<usize> {
+        Some(self.rank)
     }
 
     fn alpha(&self) -> Option<f32> {
@@ -160,33 +114,12 @@ impl Algorithm for Lora {
     }
 
     fn lower(&self, module: &str, target: &[usize]) -> Result<Op> {
-        let out = self.up.shape()[0];
-        let kernel = self.mid.as_ref().map_or(1, |m| m.count() / (self.rank * self.rank));
-        let cols = self.down.count() / self.rank * kernel;
-        let (rows, target_cols) =
-            (target.first().copied().unwrap_or(0), target.iter().skip(1).product::<usize>());
-        // The flattened sizes decide, so that a 1x1 convolution fits a Linear layer of the same size and the reverse;
-        // where both name a kernel, the kernels must agree too.
-        let own_kernel = self.mid.as_ref().unwrap_or(&self.down).shape().get(2..).unwrap_or(&[]);
-        let kernels_agree =
-            own_kernel.is_empty() || target.len() != own_kernel.len() + 2 || target[2..] == *own_kernel;
-        if out != rows || cols != target_cols || !kernels_agree {
-            let mut expected = vec![out, self.down.shape()[1]];
-            expected.extend(own_kernel);
-            return Err(Error::Shape {
-                tensor: module.to_owned(),
-                what: "the module does not fit the weight (module's shape first)".into(),
-                expected,
-                got: target.to_vec(),
-            });
-        }
-        let up = self.up.reshape(&[out, self.rank]).ok_or_else(|| {
-            Error::argument(
-                format!("`{module}`: the up factor must be contiguous"),
-                "call .contiguous() on it",
-            )
-        })?;
-        Ok(Op::LowRank(LowRank { up, down: self.folded_down(module)?, scale: self.scale() }))
+        let mut shape = vec![self.up.shape()[0], self.down.shape()[1]];
+        shape.extend(self.mid.as_ref().unwrap_or(&self.down).shape().get(2..).unwrap_or(&[]));
+        super::fit(module, &shape, target)?;
+        let up = super::matrix(module, &self.up, shape[0])?;
+        let scale = super::scale(self.alpha, self.rank);
+        Ok(Op::LowRank(LowRank { up, down: self.folded_down(module)?, scale }))
     }
 
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
@@ -500,7 +433,7 @@ mod tests {
             let shapes = module.parameters();
             let factor = |i: usize| Tensor::of_f32(values(&parameters[i]), &shapes[i].shape);
             let lora = Lora::new(case.name, factor(1), factor(0), None, Some(ALPHA as f32)).unwrap();
-            let Op::LowRank(_) = lora.lower(case.name, case.weight).unwrap();
+            assert!(matches!(lora.lower(case.name, case.weight), Ok(Op::LowRank(_))), "{}", case.name);
             let op = lora.lower(case.name, case.weight).unwrap();
             let (mut x, mut y) = (values(&x), vec![0f32; want.numel()]);
             let view = |data: &mut [f32], shape: &[i64]| {
@@ -519,7 +452,10 @@ mod tests {
             };
             let terms = [Term { op: &op, strength: 1.0, slice: None }];
             let (x, out) = (view(&mut x, case.x), view(&mut y, case.y));
-            bypass::forward(case.name, case.weight, &case.geometry, &x, &out, &terms).unwrap();
+            let mut base = vec![0f32; case.weight.iter().product()];
+            let weight: Vec<i64> = case.weight.iter().map(|&d| d as i64).collect();
+            let base = view(&mut base, &weight);
+            bypass::forward(case.name, &base, &case.geometry, &x, &out, &terms).unwrap();
             // fp32 against f64.
             assert_close(case.name, &Torch::from_slice(&y).to_kind(Kind::Double), &want.flatten(0, -1), 1e-6);
         }

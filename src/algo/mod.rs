@@ -2,6 +2,10 @@
 //!
 //! To add one, write its file and put its [`Recipe`] in [`ALL`].
 
+pub mod full;
+pub mod ia3;
+pub mod loha;
+pub mod lokr;
 pub mod lora;
 
 use crate::error::{Error, Result};
@@ -13,8 +17,8 @@ use std::fmt::Debug;
 pub trait Algorithm: Debug + Send + Sync {
     /// The field's name, as the report prints it.
     fn name(&self) -> &'static str;
-    /// Rank of the factors.
-    fn rank(&self) -> usize;
+    /// Rank of the factors; `None` where there are none.
+    fn rank(&self) -> Option<usize>;
     /// `alpha` as the file gives it; `None` when it gives none.
     fn alpha(&self) -> Option<f32>;
     /// What the module does to a weight of this shape, in the primitives of the executors.
@@ -41,6 +45,8 @@ impl Group {
 
 /// How one algorithm recognises its tensors and reads them.
 pub struct Recipe {
+    /// The field's name, as capabilities list it.
+    pub name: &'static str,
     /// A module is this algorithm's when it holds any of these.
     pub marks: &'static [&'static str],
     /// Every tensor that the algorithm understands; another one in the group makes the module unsupported,
@@ -51,7 +57,7 @@ pub struct Recipe {
 }
 
 /// The algorithms, in the order in which a module is tried.
-pub static ALL: &[Recipe] = &[lora::RECIPE];
+pub static ALL: &[Recipe] = &[lora::RECIPE, loha::RECIPE, lokr::RECIPE, full::RECIPE, ia3::RECIPE];
 
 /// Reads one module. `Err(Unsupported)` names what this version does not know.
 pub fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
@@ -85,6 +91,108 @@ pub fn malformed(module: &str, what: impl Into<String>) -> Error {
         hint: "the file was written by a faulty program, or is damaged".into(),
     }
 }
+
+/// The tensor of this name, or an error that says that it is missing.
+fn required<'a>(module: &str, group: &'a Group, name: &str) -> Result<&'a Tensor> {
+    let tensor = group.get(name).ok_or_else(|| malformed(module, format!("`{name}` is missing")))?;
+    crate::dtype::Float::require(tensor.dtype(), module)?;
+    if tensor.count() == 0 {
+        return Err(malformed(module, format!("`{name}` is empty: {:?}", tensor.shape())));
+    }
+    Ok(tensor)
+}
+
+/// One number of a module, as f32, and its tensor as it is written back: in the file's dtype where that is a float that hosts
+/// understand, else in f32.
+fn number(module: &str, name: &str, tensor: &Tensor) -> Result<(Tensor, f32)> {
+    let Some(value) = tensor.scalar() else {
+        let (dtype, shape, device) = (tensor.dtype(), tensor.shape(), tensor.device());
+        let what = format!("`{name}` must be one number in host memory, it is {dtype} {shape:?} on {device}");
+        return Err(malformed(module, what));
+    };
+    let value = value as f32;
+    if !value.is_finite() {
+        return Err(malformed(module, format!("`{name}` is {value}")));
+    }
+    let float = crate::dtype::Float::of(tensor.dtype()).is_some();
+    Ok((if float { tensor.clone() } else { Tensor::of_f32(vec![value], &[]) }, value))
+}
+
+/// A module's `alpha`, if it has one. An alpha from beside the file (PEFT's config) becomes a tensor.
+fn alpha(module: &str, group: &Group) -> Result<(Option<Tensor>, Option<f32>)> {
+    let given = group.alpha.map(|a| Tensor::of_f32(vec![a], &[]));
+    let Some(tensor) = group.get(ALPHA).or(given.as_ref()) else { return Ok((None, None)) };
+    number(module, ALPHA, tensor).map(|(tensor, value)| (Some(tensor), Some(value)))
+}
+
+/// alpha / rank. LyCORIS and sd-scripts read a missing or zero alpha as the rank.
+fn scale(alpha: Option<f32>, rank: usize) -> f64 {
+    match alpha {
+        Some(alpha) if alpha != 0.0 => f64::from(alpha) / rank as f64,
+        _ => 1.0,
+    }
+}
+
+/// The tensor as a matrix of this many rows, without moving anything.
+fn matrix(module: &str, tensor: &Tensor, rows: usize) -> Result<Tensor> {
+    tensor.reshape(&[rows, tensor.count() / rows.max(1)]).ok_or_else(|| {
+        let what = format!("`{module}`: a factor of shape {:?} is not contiguous", tensor.shape());
+        Error::argument(what, "call .contiguous() on it")
+    })
+}
+
+/// Checks that a module's delta, `shape` by its own tensors, fits the weight. The flattened sizes decide, so that a 1x1 convolution fits a
+/// Linear layer of the same size and the reverse; where both name a kernel, the kernels must agree too.
+fn fit(module: &str, shape: &[usize], target: &[usize]) -> Result<()> {
+    let flat = |s: &[usize]| (s.first().copied().unwrap_or(1), s.iter().skip(1).product::<usize>());
+    let kernels_agree = shape.len() < 3 || target.len() != shape.len() || shape[2..] == target[2..];
+    if flat(shape) == flat(target) && kernels_agree {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        tensor: module.to_owned(),
+        what: "the module does not fit the weight (module's shape first)".into(),
+        expected: shape.to_vec(),
+        got: target.to_vec(),
+    })
+}
+
+/// A Tucker core and its inner factor as one: `[p, i, k] = sum_q core[p, q, k] inner[q, i]`, as a [p, i * k] matrix, computed in f64
+/// and rounded once.
+fn fold(module: &str, core: &Tensor, inner: &Tensor) -> Result<Tensor> {
+    let (&[p, q, ref kernel @ ..], cols) = (core.shape(), inner.count() / inner.shape()[0]) else {
+        return Err(malformed(
+            module,
+            format!("a Tucker core must be [r, r, kernel], it is {:?}", core.shape()),
+        ));
+    };
+    let taps: usize = kernel.iter().product();
+    if q != inner.shape()[0] {
+        let what = format!("core {:?} and factor {:?} have different ranks", core.shape(), inner.shape());
+        return Err(malformed(module, what));
+    }
+    let (core, inner) = (core.to_f32(module)?, inner.to_f32(module)?);
+    let mut folded = vec![0f64; p * cols * taps];
+    for (row, core) in folded.chunks_exact_mut(cols * taps).zip(core.chunks_exact(q * taps)) {
+        for (core, inner) in core.chunks_exact(taps).zip(inner.chunks_exact(cols)) {
+            for (out, &d) in row.chunks_exact_mut(taps).zip(inner) {
+                out.iter_mut().zip(core).for_each(|(o, &c)| *o += f64::from(c) * f64::from(d));
+            }
+        }
+    }
+    Ok(Tensor::of_f32(folded.into_iter().map(|v| v as f32).collect(), &[p, cols * taps]))
+}
+
+/// The transpose of a matrix, in f32.
+fn transposed(module: &str, tensor: &Tensor) -> Result<Tensor> {
+    let (rows, cols) = (tensor.shape()[0], tensor.count() / tensor.shape()[0]);
+    let values = tensor.to_f32(module)?;
+    let turned = (0..rows * cols).map(|i| values[i % rows * cols + i / rows]).collect();
+    Ok(Tensor::of_f32(turned, &[cols, rows]))
+}
+
+/// One number per module: alpha.
+const ALPHA: &str = "alpha";
 
 /// The start values of a parameter.
 #[cfg(feature = "torch")]

@@ -25,7 +25,7 @@ pub struct lycore_module {
     pub name: *const c_char,
     /// The algorithm's usual name, for example "LoRA".
     pub algorithm: *const c_char,
-    /// Rank of the factors.
+    /// Rank of the factors; 0 where the algorithm has none.
     pub rank: u64,
     /// alpha as the file gives it; the rank when it gives none.
     pub alpha: f64,
@@ -180,8 +180,8 @@ pub unsafe extern "C" fn lycore_adapter_module(
                 struct_size: std::mem::size_of::<lycore_module>() as u64,
                 name: module.name.as_ptr(),
                 algorithm: module.algorithm.as_ptr(),
-                rank: algorithm.rank() as u64,
-                alpha: algorithm.alpha().map_or(algorithm.rank() as f64, f64::from),
+                rank: algorithm.rank().unwrap_or(0) as u64,
+                alpha: algorithm.alpha().map_or(algorithm.rank().unwrap_or(0) as f64, f64::from),
                 tensor_count: module.tensors.len() as u64,
             };
             Ok(())

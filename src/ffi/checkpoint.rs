@@ -19,7 +19,7 @@ use std::path::Path;
 /// tensors are the same bytes, metadata is kept and extended. `output` appears whole or not at all and may be `base` itself. Progress counts
 /// bytes.
 ///
-/// `options` is NULL or JSON: {"dtype": "keep" | "fp32" | "fp16" | "bf16" (of every floating-point tensor; default keep),
+/// `options` is NULL or JSON: {"dtype": "keep" | "fp32" | "fp16" | "bf16" (of every fp32, fp16 and bf16 tensor; others pass through; default keep),
 /// "device": "cpu" | "cuda" | "cuda:N" (where to compute; default cpu)}.
 /// `report` may be NULL; it becomes JSON {"base", "output", "device", "bytes", "tensors": {"changed", "copied"}, "adapters":
 /// [load report as of lycore_stack_report]}, freed with lycore_text_free.

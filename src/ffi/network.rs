@@ -42,7 +42,7 @@ pub struct lycore_step {
     pub step: u64,
     /// Learning rate of this update; in the middle of an accumulation, of the coming one.
     pub learning_rate: f64,
-    /// Norm of all gradients before clipping.
+    /// Norm of all gradients, averaged over the accumulation, before clipping; 0 in the middle of an accumulation.
     pub gradient_norm: f64,
     /// False in the middle of a gradient accumulation: nothing was changed yet.
     pub updated: bool,

@@ -82,9 +82,9 @@ pub struct lycore_patch {
     pub struct_size: u64,
     /// Number of entries in the two arrays below.
     pub count: u64,
-    /// Canonical names, as lycore_adapter_tensor gives them: "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha".
+    /// Canonical names, as lycore_adapter_tensor gives them: "lora_up.weight", "lora_down.weight", "alpha", "hada_w1_a", ..
     pub names: *const *const c_char,
-    /// The tensors: row-major, in host memory or on the weight's device; "alpha" in host memory.
+    /// The tensors: row-major, in host memory or on the weight's device; single numbers ("alpha", "on_input") in host memory.
     pub tensors: *const lycore_tensor,
     /// The user's number.
     pub strength: f64,
@@ -177,7 +177,8 @@ pub unsafe extern "C" fn lycore_stack_new(
 
 /// Registers a weight: fp32, fp16 or bf16, any strides, [out, in] or [out, in / groups, kernel..], under the host's own name (with or
 /// without ".weight"). All weights come before the first adapter. The memory must stay valid until the stack is freed; apply and restore
-/// write it.
+/// write it, and from the first apply until restore its content is the stack's: what the host writes meanwhile is lost. The same memory can be
+/// registered once; ranges that overlap in part, and two stacks on one weight, are the caller's to avoid.
 ///
 /// # Safety
 /// `name` is a NUL-terminated UTF-8 string; `weight` describes memory as said. `error` is NULL or may be written.
@@ -333,7 +334,7 @@ pub unsafe extern "C" fn lycore_stack_restore(
 }
 
 /// The bypass: adds to `y` what the adapters add to the output of the layer with weight `target`, at the strengths as they are set, without
-/// touching the weight. Linear: x [.., in], y [.., out], `geometry` NULL. Convolution: x [batch, in, spatial..], y [batch, out, spatial..].
+/// touching the weight. (If they are merged into it too, they count twice.) Linear: x [.., in], y [.., out], `geometry` NULL. Convolution: x [batch, in, spatial..], y [batch, out, spatial..].
 /// Both row-major, on the same device. `stream` as in apply.
 ///
 /// # Safety

@@ -71,8 +71,8 @@ fn capabilities() -> serde_json::Value {
         "torch": TORCH_VERSION.to_str().ok().filter(|text| !text.is_empty()),
         "training": cfg!(feature = "torch"),
         "cuda": cuda(),
-        "threads": crate::merge::gemm::pool().current_num_threads(),
-        "algorithms": ["LoRA", "LoCon"],
+        "threads": crate::merge::gemm::threads(),
+        "algorithms": crate::algo::ALL.iter().map(|recipe| recipe.name).collect::<Vec<_>>(),
     })
 }
 

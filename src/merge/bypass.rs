@@ -3,11 +3,12 @@
 //! The same primitives as a merge, applied to activations. A convolution is a matrix product over gathered patches, so groups and
 //! dilation need nothing special.
 
-use super::gemm::{add_product, pool, Mat};
-use super::ops::{Op, Term};
+use super::cpu;
+use super::gemm::{add_product, on_pool, Mat};
+use super::ops::Term;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
-use crate::view::{Device, View};
+use crate::view::{Device, Rows, View};
 
 /// How a layer slides its weight over its input. For a Linear layer: the default.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -146,15 +147,17 @@ impl Layout {
 /// f32 that a block of gathered patches may take.
 const BLOCK: usize = 1 << 20;
 
-/// `y += sum of terms applied to x`; sums in f32, one rounding into y's dtype. Both row-major in host memory.
+/// `y += sum of terms applied to x`; sums in f32, one rounding into y's dtype. Both row-major in host memory. `base` is the pristine weight; only
+/// terms that multiply it read it.
 pub fn forward(
     name: &str,
-    weight: &[usize],
+    base: &View,
     geometry: &Geometry,
     x: &View,
     y: &View,
     terms: &[Term<'_>],
 ) -> Result<()> {
+    let weight = base.shape();
     let layout = Layout::check(name, weight, geometry, x.shape(), y.shape())?;
     if x.device() != Device::Cpu || y.device() != Device::Cpu {
         return Err(Error::Device {
@@ -173,25 +176,23 @@ pub fn forward(
             "call .contiguous() first",
         ));
     };
-    if y.count() == 0 || weight.contains(&0) {
+    if y.count() == 0 || weight.contains(&0) || terms.iter().all(|t| t.strength == 0.0) {
         return Ok(());
     }
     // SAFETY: y is row-major host memory that the caller lent for writing (`View::from_raw`).
     let output = unsafe { std::slice::from_raw_parts_mut(y.data(), y.byte_len()) };
+    let weight_rows = Rows::of(base, name)?;
     let mut factors = Vec::new();
     for term in terms.iter().filter(|t| t.strength != 0.0) {
-        let Op::LowRank(op) = term.op;
-        let rows = match term.slice {
-            None => 0..weight[0],
-            Some(s) if s.axis == 0 && layout.groups == 1 => s.start..s.start + s.len,
-            Some(_) => {
-                let what = format!("`{name}`: a bypass on a slice of the input is not supported");
-                return Err(Error::Unsupported { what, hint: "merge it, or slice along axis 0".into() });
-            }
+        check_slice(name, &layout, term)?;
+        let ready = cpu::prepare(name, weight, term)?;
+        let (up, down, scale) = match ready.low_rank() {
+            Some((up, down, scale)) => (Some(up.to_vec()), down.to_vec(), scale),
+            None => (None, on_pool(|| ready.delta(&weight_rows)), 1.0),
         };
-        factors.push((op.up.to_f32(name)?, op.down.to_f32(name)?, (term.strength * op.scale) as f32, rows));
+        factors.push(Factors { up, down, scale, rows: ready.rows.clone() });
     }
-    pool().install(|| {
+    on_pool(|| {
         if layout.kernel.is_empty() {
             linear(&layout, weight[0], (x_float, input), (y_float, output), &factors);
         } else {
@@ -201,7 +202,25 @@ pub fn forward(
     Ok(())
 }
 
-type Factors = (Vec<f32>, Vec<f32>, f32, std::ops::Range<usize>);
+/// The bypass works on slices of the output only, and not across groups.
+pub(super) fn check_slice(name: &str, layout: &Layout, term: &Term<'_>) -> Result<()> {
+    match term.slice {
+        None => Ok(()),
+        Some(s) if s.axis == 0 && layout.groups == 1 => Ok(()),
+        Some(_) => Err(Error::Unsupported {
+            what: format!("`{name}`: a bypass on a slice of the input is not supported"),
+            hint: "merge it, or slice along axis 0".into(),
+        }),
+    }
+}
+
+/// `scale * up @ down`, or `down` alone as the whole delta, on these rows of the weight.
+struct Factors {
+    up: Option<Vec<f32>>,
+    down: Vec<f32>,
+    scale: f32,
+    rows: std::ops::Range<usize>,
+}
 
 fn linear(l: &Layout, out: usize, x: (Float, &[u8]), y: (Float, &mut [u8]), factors: &[Factors]) {
     let rows = (BLOCK / l.channels.max(out).max(1)).max(1);
@@ -213,13 +232,17 @@ fn linear(l: &Layout, out: usize, x: (Float, &[u8]), y: (Float, &mut [u8]), fact
         x_float.read(x, &mut input);
         y_float.read(y, &mut sum);
         let mut delta = vec![0f32; n * out];
-        for (up, down, scale, range) in factors {
-            let rank = down.len() / l.channels;
+        for f in factors {
+            let rank = f.down.len() / l.channels;
+            let (x, down) = (Mat::new(&input, n, l.channels), Mat::new(&f.down, rank, l.channels));
+            let Some(up) = &f.up else {
+                add_product(&mut delta, out, f.rows.start, f.scale, x, down.t(), true);
+                continue;
+            };
             let mut t = vec![0f32; n * rank];
-            let (x, down) = (Mat::new(&input, n, l.channels), Mat::new(down, rank, l.channels));
             add_product(&mut t, rank, 0, 1.0, x, down.t(), true);
-            let (t, up) = (Mat::new(&t, n, rank), Mat::new(up, range.len(), rank));
-            add_product(&mut delta, out, range.start, *scale, t, up.t(), true);
+            let (t, up) = (Mat::new(&t, n, rank), Mat::new(up, f.rows.len(), rank));
+            add_product(&mut delta, out, f.rows.start, f.scale, t, up.t(), true);
         }
         sum.iter_mut().zip(&delta).for_each(|(y, d)| *y += d);
         y_float.write(&sum, y);
@@ -241,27 +264,23 @@ fn convolution(l: &Layout, out: usize, x: (Float, &[u8]), y: (Float, &mut [u8]),
                 let n = block.min(pixels - start);
                 let patches = gather(l, &input, start, n);
                 let mut delta = vec![0f32; per_group * n];
-                for (up, down, scale, range) in factors {
-                    let rank = down.len() / taps;
-                    let mut t = vec![0f32; rank * n];
-                    add_product(
-                        &mut t,
-                        n,
-                        0,
-                        1.0,
-                        Mat::new(down, rank, taps),
-                        Mat::new(&patches, taps, n),
-                        true,
-                    );
-                    // With groups the module covers all rows; with a slice there is one group.
-                    let (up, first) = if l.groups == 1 {
-                        (&up[..], range.start)
-                    } else {
-                        (&up[group * per_group * rank..], 0)
+                for f in factors {
+                    let rank = f.down.len() / taps;
+                    // With groups a module covers all rows, and this group's are some of them; with a slice there is one group.
+                    let (own, first) = match l.groups {
+                        1 => (0..f.rows.len(), f.rows.start),
+                        _ => (group * per_group..(group + 1) * per_group, 0),
                     };
-                    let rows = range.len().min(per_group);
-                    let (up, t) = (Mat::new(up, rows, rank), Mat::new(&t, rank, n));
-                    add_product(&mut delta[first * n..], n, 0, *scale, up, t, true);
+                    let (patches, delta) = (Mat::new(&patches, taps, n), &mut delta[first * n..]);
+                    let Some(up) = &f.up else {
+                        let down = Mat::new(&f.down[own.start * taps..], own.len(), taps);
+                        add_product(delta, n, 0, f.scale, down, patches, true);
+                        continue;
+                    };
+                    let mut t = vec![0f32; rank * n];
+                    add_product(&mut t, n, 0, 1.0, Mat::new(&f.down, rank, taps), patches, true);
+                    let up = Mat::new(&up[own.start * rank..], own.len(), rank);
+                    add_product(delta, n, 0, f.scale, up, Mat::new(&t, rank, n), true);
                 }
                 let mut row = vec![0f32; n];
                 for (o, delta) in delta.chunks_exact(n).enumerate() {

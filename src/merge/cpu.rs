@@ -1,9 +1,9 @@
 //! The executor for host memory: one pass over each weight, accumulation in f32 over all terms, one rounding.
 
-use super::gemm::{add_product, pool, Mat};
+use super::gemm::{add_product, on_pool, Mat};
 use super::ops::{Op, Region, Term};
 use crate::error::{Error, Result};
-use crate::view::{Rows, View};
+use crate::view::{Rows, Tensor, View};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -11,13 +11,34 @@ use std::ops::Range;
 const TILE: usize = 64 * 1024;
 
 /// A term with its factors in f32 and its place in the weight's matrix.
-struct Ready {
+pub(super) struct Ready {
+    parts: Parts,
+    scale: f32,
+    pub(super) rows: Range<usize>,
+    pub(super) cols: Range<usize>,
+}
+
+/// The factors of an op, row-major.
+enum Parts {
+    LowRank(Pair),
+    Hadamard([Pair; 2]),
+    Kron {
+        w1: Vec<f32>,
+        w2: Vec<f32>,
+        w2_rows: usize,
+        w1_cols: usize,
+    },
+    Dense(Vec<f32>),
+    /// One value per row of the region.
+    Rows(Vec<f32>),
+    /// One value per column of the region.
+    Cols(Vec<f32>),
+}
+
+struct Pair {
     up: Vec<f32>,
     down: Vec<f32>,
     rank: usize,
-    scale: f32,
-    rows: Range<usize>,
-    cols: Range<usize>,
 }
 
 /// `out = base + sum of terms`. Both views have the same shape; their dtypes may differ; they may be the same memory, not overlap otherwise.
@@ -37,17 +58,17 @@ pub fn merge(name: &str, base: &View, out: &View, terms: &[Term<'_>]) -> Result<
         .map(|term| prepare(name, base.shape(), term))
         .collect::<Result<Vec<_>>>()?;
     let in_place = base.data() == out.data();
-    if from.cols == 0 || (ready.is_empty() && in_place && from.float() == to.float()) {
+    if from.rows == 0 || from.cols == 0 || (ready.is_empty() && in_place && from.float() == to.float()) {
         return Ok(());
     }
     let touched = union(ready.iter().map(|t| t.cols.clone()).collect());
     let tile = (TILE / from.cols).clamp(8, 256);
-    pool().install(|| {
+    on_pool(|| {
         (0..from.rows.div_ceil(tile)).into_par_iter().for_each_init(
             || (Vec::new(), vec![0f32; from.cols]),
             |(sum, row), index| {
                 let rows = index * tile..from.rows.min((index + 1) * tile);
-                accumulate(sum, &ready, &rows, from.cols);
+                accumulate(sum, &ready, &rows, &from);
                 for r in rows.clone() {
                     if from.float() == to.float() && !ready.iter().any(|t| t.rows.contains(&r)) {
                         if !in_place {
@@ -72,25 +93,129 @@ pub fn merge(name: &str, base: &View, out: &View, terms: &[Term<'_>]) -> Result<
     Ok(())
 }
 
-fn prepare(name: &str, shape: &[usize], term: &Term<'_>) -> Result<Ready> {
-    let Op::LowRank(op) = term.op;
-    let Region { rows, cols, .. } = Region::of(name, shape, term.slice)?;
-    let rank = op.up.shape()[1];
-    if [op.up.shape()[0], op.down.shape()[1]] != [rows.len(), cols.len()] {
-        return Err(Error::Shape {
+/// Reads a term's factors and checks that they fill its region.
+pub(super) fn prepare(name: &str, shape: &[usize], term: &Term<'_>) -> Result<Ready> {
+    let Region { rows, cols, shape } = Region::of(name, shape, term.slice)?;
+    let fits = |size: [usize; 2]| match size == [rows.len(), cols.len()] {
+        true => Ok(()),
+        false => Err(Error::Shape {
             tensor: name.to_owned(),
             what: "the factors do not fit".into(),
             expected: vec![rows.len(), cols.len()],
-            got: vec![op.up.shape()[0], op.down.shape()[1]],
-        });
+            got: size.to_vec(),
+        }),
+    };
+    let pair = |up: &Tensor, down: &Tensor| -> Result<Pair> {
+        fits([up.shape()[0], down.shape()[1]])?;
+        Ok(Pair { rank: up.shape()[1], up: up.to_f32(name)?, down: down.to_f32(name)? })
+    };
+    let parts = match term.op {
+        Op::LowRank(op) => Parts::LowRank(pair(&op.up, &op.down)?),
+        Op::Hadamard(op) => {
+            let [(up1, down1), (up2, down2)] = &op.pairs;
+            Parts::Hadamard([pair(up1, down1)?, pair(up2, down2)?])
+        }
+        Op::Kron(op) => {
+            let ((a, b), (c, d)) =
+                ((op.w1.shape()[0], op.w1.shape()[1]), (op.w2.shape()[0], op.w2.shape()[1]));
+            fits([a * c, b * d])?;
+            let (w1, w2) = (op.w1.to_f32(name)?, op.w2.to_f32(name)?);
+            Parts::Kron { w1, w2, w2_rows: c, w1_cols: b }
+        }
+        Op::Dense(op) => {
+            fits([op.diff.shape()[0], op.diff.shape()[1]])?;
+            Parts::Dense(op.diff.to_f32(name)?)
+        }
+        Op::Scale(op) if op.axis == 0 => {
+            fits([op.v.count(), cols.len()])?;
+            Parts::Rows(op.v.to_f32(name)?)
+        }
+        Op::Scale(op) => {
+            let kernel: usize = shape.iter().skip(2).product();
+            fits([rows.len(), op.v.count() * kernel])?;
+            let v = op.v.to_f32(name)?;
+            Parts::Cols(v.iter().flat_map(|&v| std::iter::repeat_n(v, kernel)).collect())
+        }
+    };
+    Ok(Ready { parts, scale: term.coefficient(name)?, rows, cols })
+}
+
+impl Ready {
+    /// The two factors and their common scale, when the term is a product that a layer can apply one after the other.
+    pub(super) fn low_rank(&self) -> Option<(&[f32], &[f32], f32)> {
+        match &self.parts {
+            Parts::LowRank(pair) => Some((&pair.up, &pair.down, self.scale)),
+            _ => None,
+        }
     }
-    let scale = (term.strength * op.scale) as f32;
-    Ok(Ready { up: op.up.to_f32(name)?, down: op.down.to_f32(name)?, rank, scale, rows, cols })
+
+    /// The term's whole delta, [rows, cols] of its region.
+    pub(super) fn delta(&self, base: &Rows) -> Vec<f32> {
+        let (rows, cols) = (self.rows.len(), self.cols.len());
+        let mut sum = vec![0f32; rows * cols];
+        // A region of its own size: the columns begin at 0.
+        self.add(&mut sum, cols, 0, self.rows.clone(), base);
+        sum
+    }
+
+    /// Adds the delta of `rows` (of the weight, all inside the region) to `sum`, whose rows are `stride` long; the region's columns begin
+    /// at `at`. Only a term that multiplies W reads `base`.
+    fn add(&self, sum: &mut [f32], stride: usize, at: usize, rows: Range<usize>, base: &Rows) {
+        let first = rows.start - self.rows.start;
+        let width = self.cols.len();
+        let product = |out: &mut [f32], stride, at, scale, pair: &Pair| {
+            let up = Mat::new(&pair.up[first * pair.rank..], rows.len(), pair.rank);
+            add_product(out, stride, at, scale, up, Mat::new(&pair.down, pair.rank, width), false);
+        };
+        if let Parts::LowRank(pair) = &self.parts {
+            return product(sum, stride, at, self.scale, pair);
+        }
+        if let Parts::Hadamard([one, two]) = &self.parts {
+            let (mut left, mut right) = (vec![0f32; rows.len() * width], vec![0f32; rows.len() * width]);
+            product(&mut left, width, 0, self.scale, one);
+            product(&mut right, width, 0, 1.0, two);
+            for (i, (left, right)) in left.chunks_exact(width).zip(right.chunks_exact(width)).enumerate() {
+                let out = &mut sum[i * stride + at..][..width];
+                out.iter_mut().zip(left).zip(right).for_each(|((o, l), r)| *o += l * r);
+            }
+            return;
+        }
+        let mut row = vec![0f32; base.cols];
+        for (i, r) in rows.enumerate() {
+            let (out, own) = (&mut sum[i * stride + at..][..width], first + i);
+            match &self.parts {
+                Parts::Kron { w1, w2, w2_rows, w1_cols } => {
+                    let d = width / w1_cols;
+                    let (w1, w2) =
+                        (&w1[own / w2_rows * w1_cols..][..*w1_cols], &w2[own % w2_rows * d..][..d]);
+                    for (out, factor) in out.chunks_exact_mut(d).zip(w1) {
+                        let factor = self.scale * factor;
+                        out.iter_mut().zip(w2).for_each(|(o, w)| *o += factor * w);
+                    }
+                }
+                Parts::Dense(diff) => {
+                    out.iter_mut().zip(&diff[own * width..]).for_each(|(o, d)| *o += self.scale * d);
+                }
+                Parts::Rows(v) => {
+                    base.read(r, &mut row);
+                    let factor = self.scale * v[own];
+                    out.iter_mut().zip(&row[self.cols.clone()]).for_each(|(o, w)| *o += factor * w);
+                }
+                Parts::Cols(v) => {
+                    base.read(r, &mut row);
+                    let base = &row[self.cols.clone()];
+                    out.iter_mut().zip(base).zip(v).for_each(|((o, w), v)| *o += self.scale * v * w);
+                }
+                Parts::LowRank(_) | Parts::Hadamard(_) => {}
+            }
+        }
+    }
 }
 
 /// The sum of the terms on these rows; left empty when none touches them.
-fn accumulate(sum: &mut Vec<f32>, ready: &[Ready], rows: &Range<usize>, cols: usize) {
+fn accumulate(sum: &mut Vec<f32>, ready: &[Ready], rows: &Range<usize>, base: &Rows) {
     sum.clear();
+    let cols = base.cols;
     for t in ready {
         let common = rows.start.max(t.rows.start)..rows.end.min(t.rows.end);
         if common.is_empty() {
@@ -99,10 +224,8 @@ fn accumulate(sum: &mut Vec<f32>, ready: &[Ready], rows: &Range<usize>, cols: us
         if sum.is_empty() {
             sum.resize(rows.len() * cols, 0.0);
         }
-        let up = Mat::new(&t.up[(common.start - t.rows.start) * t.rank..], common.len(), t.rank);
-        let down = Mat::new(&t.down, t.rank, t.cols.len());
         let out = &mut sum[(common.start - rows.start) * cols..];
-        add_product(out, cols, t.cols.start, t.scale, up, down, false);
+        t.add(out, cols, t.cols.start, common, base);
     }
 }
 

@@ -2,21 +2,25 @@
 
 use once_cell::sync::Lazy;
 
-/// The library's own threads: as many as the machine offers, or as `LYCORE_NUM_THREADS` says when the library is first used.
-pub fn pool() -> &'static rayon::ThreadPool {
-    static POOL: Lazy<rayon::ThreadPool> = Lazy::new(|| {
-        let wanted = std::env::var("LYCORE_NUM_THREADS").ok().and_then(|v| v.parse().ok());
-        let threads = wanted
-            .filter(|&n| n > 0)
-            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get));
-        let build =
-            |n| rayon::ThreadPoolBuilder::new().num_threads(n).thread_name(|i| format!("lycore-{i}")).build();
-        // A process that may not start threads gets one that runs everything in place.
-        build(threads)
-            .or_else(|_| rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build())
-            .unwrap_or_else(|e| panic!("cannot make a thread pool: {e}"))
+/// How many threads the library may use: as many as the machine offers, or as `LYCORE_NUM_THREADS` says when it is first asked.
+pub fn threads() -> usize {
+    static THREADS: Lazy<usize> = Lazy::new(|| {
+        let wanted = std::env::var("LYCORE_NUM_THREADS").ok().and_then(|v| v.parse().ok()).filter(|&n| n > 0);
+        wanted.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get))
     });
-    &POOL
+    *THREADS
+}
+
+/// Runs `work` on the library's own threads; on the calling thread where the process may not start any.
+pub fn on_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    static POOL: Lazy<Option<rayon::ThreadPool>> = Lazy::new(|| {
+        let builder = rayon::ThreadPoolBuilder::new().num_threads(threads());
+        builder.thread_name(|i| format!("lycore-{i}")).build().ok()
+    });
+    match &*POOL {
+        Some(pool) => pool.install(work),
+        None => work(),
+    }
 }
 
 /// A matrix inside a slice.

@@ -11,9 +11,7 @@ pub mod stack;
 #[cfg(feature = "torch")]
 pub mod torch;
 
-#[cfg(not(feature = "torch"))]
-use crate::error::Error;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::view::{Device, View};
 
 /// Where prepared factors wait between two merges: on a device they are worth keeping, in host memory they are where the file is.
@@ -34,6 +32,17 @@ pub fn merge(
     merge_on(out.device(), name, base, out, terms, prepared)
 }
 
+/// A weight that can be written: two threads would meet in an element that two indices reach.
+pub fn check_target(name: &str, weight: &View) -> Result<()> {
+    match weight.repeats_elements() {
+        false => Ok(()),
+        true => Err(Error::argument(
+            format!("`{name}` is an expanded tensor: strides {:?} repeat elements", weight.strides()),
+            "call .contiguous() on it, and use the result in the model",
+        )),
+    }
+}
+
 /// `out = base + sum of terms`, computed on `device`, wherever the two are.
 pub fn merge_on(
     device: Device,
@@ -43,6 +52,7 @@ pub fn merge_on(
     terms: &[ops::Term<'_>],
     prepared: &mut Prepared,
 ) -> Result<()> {
+    check_target(name, out)?;
     match device {
         Device::Cpu => cpu::merge(name, base, out, terms),
         #[cfg(feature = "torch")]
@@ -55,10 +65,10 @@ pub fn merge_on(
     }
 }
 
-/// `y += sum of terms applied to x` by the executor that can reach `y`.
+/// `y += sum of terms applied to x` by the executor that can reach `y`. `base` is the pristine weight; only terms that multiply it read it.
 pub fn forward(
     name: &str,
-    weight: &[usize],
+    base: &View,
     geometry: &bypass::Geometry,
     x: &View,
     y: &View,
@@ -66,12 +76,12 @@ pub fn forward(
     prepared: &mut Prepared,
 ) -> Result<()> {
     match y.device() {
-        Device::Cpu => bypass::forward(name, weight, geometry, x, y, terms),
+        Device::Cpu => bypass::forward(name, base, geometry, x, y, terms),
         #[cfg(feature = "torch")]
-        Device::Cuda(_) => torch::forward(name, weight, geometry, x, y, terms, &mut prepared.torch),
+        Device::Cuda(_) => torch::forward(name, base, geometry, x, y, terms, &mut prepared.torch),
         #[cfg(not(feature = "torch"))]
         Device::Cuda(_) => {
-            let _ = (weight, geometry, x, terms, prepared);
+            let _ = (base, geometry, x, terms, prepared);
             Err(no_cuda(name))
         }
     }

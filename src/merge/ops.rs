@@ -6,12 +6,20 @@ use crate::error::{Error, Result};
 use crate::view::{Slice, Tensor};
 use std::ops::Range;
 
-/// What one module does to one weight.
+/// What one module does to one weight. `s` is the user's strength.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Op {
     /// Adds a product of two thin matrices.
     LowRank(LowRank),
+    /// Adds the elementwise product of two such products.
+    Hadamard(Hadamard),
+    /// Adds a Kronecker product.
+    Kron(Kron),
+    /// Adds a whole matrix.
+    Dense(Dense),
+    /// Multiplies rows or input channels.
+    Scale(Scale),
 }
 
 /// `W += s * scale * up @ down`
@@ -23,6 +31,42 @@ pub struct LowRank {
     pub down: Tensor,
     /// The file's own factor, alpha / rank.
     pub scale: f64,
+}
+
+/// `W += s * scale * (up1 @ down1) o (up2 @ down2)`
+#[derive(Debug, Clone)]
+pub struct Hadamard {
+    /// Two pairs of [O, r] and [r, C].
+    pub pairs: [(Tensor, Tensor); 2],
+    /// The file's own factor, alpha / rank.
+    pub scale: f64,
+}
+
+/// `W += s * scale * kron(w1, w2)`, O = a * c, C = b * d
+#[derive(Debug, Clone)]
+pub struct Kron {
+    /// [a, b]
+    pub w1: Tensor,
+    /// [c, d]
+    pub w2: Tensor,
+    /// The file's own factor.
+    pub scale: f64,
+}
+
+/// `W += s * diff`
+#[derive(Debug, Clone)]
+pub struct Dense {
+    /// [O, C]
+    pub diff: Tensor,
+}
+
+/// `W += s * W o v`, v along an axis of the weight
+#[derive(Debug, Clone)]
+pub struct Scale {
+    /// [O] or [I]
+    pub v: Tensor,
+    /// 0: one value per row; 1: one per input channel.
+    pub axis: usize,
 }
 
 /// One op at one strength on all of a target or on a slice of it.
@@ -70,5 +114,25 @@ impl Region {
             }
         }
         Ok(Region { shape, rows, cols })
+    }
+}
+
+impl Term<'_> {
+    /// The user's number times the file's own factor, as the executors compute with it.
+    pub fn coefficient(&self, name: &str) -> Result<f32> {
+        let scale = match self.op {
+            Op::LowRank(op) => op.scale,
+            Op::Hadamard(op) => op.scale,
+            Op::Kron(op) => op.scale,
+            Op::Dense(_) | Op::Scale(_) => 1.0,
+        };
+        let product = (self.strength * scale) as f32;
+        match product.is_finite() {
+            true => Ok(product),
+            false => Err(Error::argument(
+                format!("`{name}`: strength {} times the file's scale {scale} is beyond fp32", self.strength),
+                "1 is the usual strength",
+            )),
+        }
     }
 }

@@ -60,6 +60,11 @@ impl Binding {
             let lowered = Region::of(name, shape, slice)
                 .and_then(|region| module.algorithm.lower(&module.name, &region.shape));
             match lowered {
+                Ok(_) if binding.bound.iter().any(|b| b.target == target && b.slice == slice) => {
+                    let why =
+                        format!("another module of this file changes the same weight (target `{name}`)");
+                    binding.problems.insert(module.name.clone(), Problem::Misfit { why });
+                }
                 Ok(op) => {
                     let part = part_of(&module.name, name);
                     binding.bound.push(Bound { module: i, target, slice, op, part });

@@ -76,7 +76,7 @@ impl Backup {
 fn copy(name: &str, from: &View, to: &View) -> Result<()> {
     use rayon::prelude::*;
     let (from, to) = (Rows::of(from, name)?, Rows::of(to, name)?);
-    super::gemm::pool().install(|| {
+    super::gemm::on_pool(|| {
         (0..from.rows).into_par_iter().with_min_len(64).for_each(|r| {
             // SAFETY: each row is one task's.
             unsafe { to.copy_row(&from, r) }

@@ -84,6 +84,14 @@ impl Stack {
                 "give each weight its own name",
             ));
         }
+        // The second one's copy would be taken after the first was merged.
+        let writable = |w: &View| w.count() > 0 && !w.repeats_elements();
+        let same = |w: &View| w.data() == weight.data() && w.device() == weight.device();
+        let twin = self.targets.iter().find(|t| same(&t.weight) && writable(&t.weight));
+        if let Some(other) = twin.filter(|_| writable(&weight)) {
+            let what = format!("targets `{}` and `{name}` are the same memory", other.name);
+            return Err(Error::argument(what, "register it once, and name it a second time with an alias"));
+        }
         let index = self.targets.len();
         self.by_name.insert(name.to_owned(), index);
         self.targets.push(Target { name: name.to_owned(), weight, backup: None, applied: Vec::new() });
@@ -98,11 +106,6 @@ impl Stack {
         self.aliases.push((spelling.to_owned(), index, slice));
         self.index = None;
         Ok(())
-    }
-
-    /// Number of targets.
-    pub fn targets(&self) -> usize {
-        self.targets.len()
     }
 
     /// Where the work of `apply` and `restore` runs: the first weight's GPU, if any weight is on one.
@@ -191,11 +194,10 @@ impl Stack {
     ///
     /// On an error or a cancel all weights are the base again, bit for bit.
     pub fn apply(&mut self, progress: &mut Progress<'_>) -> Result<Applied> {
-        let result = self.apply_terms(progress);
-        if result.is_err() {
-            self.restore()?;
-        }
-        result
+        self.apply_terms(progress).inspect_err(|_| {
+            // What went wrong first is what the caller must hear.
+            let _ = self.restore();
+        })
     }
 
     fn apply_terms(&mut self, progress: &mut Progress<'_>) -> Result<Applied> {
@@ -206,22 +208,13 @@ impl Stack {
         for (done, &i) in due.iter().enumerate() {
             progress.at(done as u64, due.len() as u64)?;
             let target = &mut self.targets[i];
-            let weight = &target.weight;
-            if weight.strides().iter().zip(weight.shape()).any(|(&stride, &size)| stride == 0 && size > 1) {
-                let what = format!(
-                    "target `{}` is an expanded tensor: strides {:?} repeat elements",
-                    target.name,
-                    weight.strides()
-                );
-                return Err(Error::argument(
-                    what,
-                    "call .contiguous() on it, and use the result in the model",
-                ));
-            }
+            super::check_target(&target.name, &target.weight)?;
             if target.backup.is_none() {
                 target.backup = Some(Backup::of(&target.name, &target.weight, self.place)?);
             }
             let Some(backup) = &target.backup else { continue };
+            // Until it is written whole, the weight holds nothing that could be wanted.
+            target.applied = vec![(0, 0, f64::NAN)];
             let terms: Vec<Term<'_>> = wanted[i]
                 .iter()
                 .filter_map(|(id, bound, strength)| {
@@ -232,6 +225,7 @@ impl Stack {
                 .collect();
             if terms.is_empty() {
                 backup.write_back(&target.name, &target.weight)?;
+                target.backup = None;
             } else {
                 super::merge(&target.name, backup.view(), &target.weight, &terms, &mut self.prepared)?;
             }
@@ -243,22 +237,27 @@ impl Stack {
 
     /// Gives every weight its base back, bit for bit, and frees the copies. Adapters and strengths stay.
     pub fn restore(&mut self) -> Result<()> {
+        let mut result = Ok(());
         for target in &mut self.targets {
             if let Some(backup) = &target.backup {
-                backup.write_back(&target.name, &target.weight)?;
-                target.applied.clear();
-                target.backup = None;
+                match backup.write_back(&target.name, &target.weight) {
+                    Ok(()) => {
+                        target.applied.clear();
+                        target.backup = None;
+                    }
+                    // The others still get their base.
+                    Err(e) => result = result.and(Err(e)),
+                }
             }
         }
         self.prepared = Prepared::default();
-        Ok(())
+        result
     }
 
     /// The bypass: `y += ` what the adapters add to the output of the layer with this weight, at the strengths as they are set.
-    /// The weight itself is not read and must not be merged at the same time.
+    /// The weight itself is not changed; where it is merged already, the host's own output has the adapters in it.
     pub fn forward(&mut self, target: &str, geometry: &Geometry, x: &View, y: &View) -> Result<()> {
         let at = self.target(target)?;
-        let weight = self.targets[at].weight.shape().to_vec();
         let terms: Vec<Term<'_>> = self
             .entries
             .iter()
@@ -270,6 +269,7 @@ impl Stack {
                 })
             })
             .collect();
-        super::forward(target, &weight, geometry, x, y, &terms, &mut self.prepared)
+        let base = self.targets[at].backup.as_ref().map_or(&self.targets[at].weight, Backup::view);
+        super::forward(target, base, geometry, x, y, &terms, &mut self.prepared)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Sums run in fp32 with TF32 off (`torch_ext::Scope` around every call from outside) and are rounded once by the final copy.
 
-use super::bypass::{Geometry, Layout};
+use super::bypass::{self, Geometry, Layout};
 use super::ops::{Op, Region, Term};
 use super::restore::BackupPlace;
 use crate::dtype::Dtype;
@@ -40,7 +40,6 @@ pub fn blob(view: &View) -> Result<Torch> {
             tch::Device::Cuda(index)
         }
     };
-    let long = |values: &[usize]| values.iter().map(|&v| v as i64).collect::<Vec<_>>();
     let (shape, strides) = (long(view.shape()), long(view.strides()));
     if view.count() == 0 {
         return Ok(Torch::f_zeros(&shape, (kind, device))?);
@@ -72,7 +71,7 @@ pub fn merge(
     crate::torch_ext::require_cuda()?;
     let terms: Vec<&Term<'_>> = terms.iter().filter(|t| t.strength != 0.0).collect();
     let rows = base.shape().first().copied().unwrap_or(1) as i64;
-    tch::no_grad(|| {
+    without_graph(|| {
         let (from, mut to) = (blob(base)?, blob(out)?);
         if terms.is_empty() {
             to.f_copy_(&from)?;
@@ -82,20 +81,74 @@ pub fn merge(
         let sum = from.f_to_device(tch::Device::Cuda(device))?.f_to_kind(Kind::Float)?;
         let fresh = sum.data_ptr() != from.data_ptr();
         let sum = if fresh { sum } else { packed(&sum, sum.device())? }.f_reshape([rows, -1])?;
+        let pristine = terms
+            .iter()
+            .any(|t| matches!(t.op, Op::Scale(_)))
+            .then(|| packed(&sum, sum.device()))
+            .transpose()?;
         for term in terms {
-            let Op::LowRank(op) = term.op;
             let Region { rows, cols, .. } = Region::of(name, base.shape(), term.slice)?;
-            let part = sum.f_narrow(0, rows.start as i64, rows.len() as i64)?;
-            let mut part = part.f_narrow(1, cols.start as i64, cols.len() as i64)?;
-            let (up, down) = (factors.get(&op.up, device)?, factors.get(&op.down, device)?);
-            let _ = part.f_addmm_(&up.f_mul_scalar(term.strength * op.scale)?, &down)?;
+            let region = |of: &Torch| {
+                let part = of.f_narrow(0, rows.start as i64, rows.len() as i64)?;
+                Ok::<_, Error>(part.f_narrow(1, cols.start as i64, cols.len() as i64)?)
+            };
+            let mut part = region(&sum)?;
+            if let Op::LowRank(op) = term.op {
+                let (up, down) = (factors.get(&op.up, device)?, factors.get(&op.down, device)?);
+                let _ = part.f_addmm_(&up.f_mul_scalar(f64::from(term.coefficient(name)?))?, &down)?;
+            } else {
+                let base = pristine.as_ref().map(region).transpose()?;
+                let _ = part.f_add_(&delta(name, term, base.as_ref(), device, factors)?)?;
+            }
         }
         to.f_copy_(&sum.f_reshape(to.size())?)?;
         Ok(())
     })
 }
 
-/// A packed copy of a CUDA weight, on its device or in pinned host memory.
+/// strength * delta of a term that is no plain product, as the matrix of its region. `base` is that part of the pristine weight, for the
+/// terms that multiply it.
+fn delta(
+    name: &str,
+    term: &Term<'_>,
+    base: Option<&Torch>,
+    device: usize,
+    factors: &mut Factors,
+) -> Result<Torch> {
+    let product = |(up, down): &(Tensor, Tensor), factors: &mut Factors| {
+        Ok::<_, Error>(factors.get(up, device)?.f_matmul(&factors.get(down, device)?)?)
+    };
+    let delta = match term.op {
+        Op::LowRank(op) => product(&(op.up.clone(), op.down.clone()), factors)?,
+        Op::Hadamard(op) => {
+            let [left, right] = &op.pairs;
+            product(left, factors)?.f_mul(&product(right, factors)?)?
+        }
+        Op::Kron(op) => factors.get(&op.w1, device)?.f_kron(&factors.get(&op.w2, device)?)?,
+        Op::Dense(op) => factors.get(&op.diff, device)?,
+        Op::Scale(op) => {
+            let base =
+                base.ok_or_else(|| Error::Backend("a term that multiplies the weight has no weight".into()))?;
+            let v = factors.get(&op.v, device)?;
+            let v = match op.axis {
+                0 => v.f_unsqueeze(1)?,
+                _ => v
+                    .f_repeat_interleave_self_int(base.size()[1] / op.v.count() as i64, 0, None)?
+                    .f_unsqueeze(0)?,
+            };
+            base.f_mul(&v)?
+        }
+    };
+    Ok(delta.f_mul_scalar(f64::from(term.coefficient(name)?))?)
+}
+
+/// Runs `work` without recording a graph; the thread's own mode comes back also after a panic.
+fn without_graph<T>(work: impl FnOnce() -> T) -> T {
+    let _guard = tch::no_grad_guard();
+    work()
+}
+
+/// A packed copy of a CUDA weight, on its device or in host memory.
 pub fn backup(weight: &View, place: BackupPlace) -> Result<(View, Owned)> {
     let source = blob(weight)?;
     let copy = match place {
@@ -116,6 +169,14 @@ fn packed(source: &Torch, device: tch::Device) -> Result<Torch> {
     Ok(copy)
 }
 
+/// All elements, row-major, as f32.
+pub fn to_host(view: &View) -> Result<Vec<f32>> {
+    let values = blob(view)?.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Float)?.f_reshape([-1])?;
+    let mut out = vec![0f32; view.count()];
+    values.f_copy_data(&mut out, view.count())?;
+    Ok(out)
+}
+
 /// Keeps a libtorch tensor's memory.
 pub struct Owned(#[allow(dead_code)] Torch);
 
@@ -125,82 +186,87 @@ pub fn copy(from: &View, to: &View) -> Result<()> {
     Ok(())
 }
 
-/// `y += sum of terms applied to x` on x's device.
+/// `y += sum of terms applied to x` on x's device. `base` is the pristine weight.
 pub fn forward(
     name: &str,
-    weight: &[usize],
+    base: &View,
     geometry: &Geometry,
     x: &View,
     y: &View,
     terms: &[Term<'_>],
     factors: &mut Factors,
 ) -> Result<()> {
-    let layout = Layout::check(name, weight, geometry, x.shape(), y.shape())?;
+    let layout = Layout::check(name, base.shape(), geometry, x.shape(), y.shape())?;
     let Device::Cuda(device) = y.device() else {
-        return super::bypass::forward(name, weight, geometry, x, y, terms);
+        return Err(Error::argument(format!("`{name}`: the output is not on a GPU"), ""));
     };
     if x.device() != y.device() {
-        return Err(Error::argument(
-            format!("`{name}`: input on {}, output on {}", x.device(), y.device()),
-            "",
-        ));
+        let what = format!("`{name}`: input on {}, output on {}", x.device(), y.device());
+        return Err(Error::argument(what, "both must be on one device"));
     }
-    tch::no_grad(|| {
+    if terms.iter().all(|t| t.strength == 0.0) {
+        return Ok(());
+    }
+    without_graph(|| {
         let (x, y) = (blob(x)?, blob(y)?);
         let input = x.f_to_kind(Kind::Float)?;
-        let mut sum = y.f_to_kind(Kind::Float)?;
+        let sum = packed(&y.f_to_kind(Kind::Float)?, y.device())?;
         for term in terms.iter().filter(|t| t.strength != 0.0) {
-            let Op::LowRank(op) = term.op;
-            let (up, down) = (factors.get(&op.up, device)?, factors.get(&op.down, device)?);
-            let up = up.f_mul_scalar(term.strength * op.scale)?;
-            let delta = layer(&layout, &input, &up, &down)?;
-            let channel_axis = if layout.kernel.is_empty() { y.dim() as i64 - 1 } else { 1 };
-            sum = match term.slice {
-                None => sum.f_add(&delta)?,
-                Some(s) if s.axis == 0 && layout.groups == 1 => {
-                    let _ = sum.f_narrow(channel_axis, s.start as i64, s.len as i64)?.f_add_(&delta)?;
-                    sum
+            bypass::check_slice(name, &layout, term)?;
+            let Region { rows, .. } = Region::of(name, base.shape(), term.slice)?;
+            let added = match term.op {
+                Op::LowRank(op) => {
+                    let up = factors.get(&op.up, device)?.f_mul_scalar(f64::from(term.coefficient(name)?))?;
+                    product(&layout, &input, &up, &factors.get(&op.down, device)?)?
                 }
-                Some(_) => {
-                    let what = format!("`{name}`: a bypass on a slice of the input is not supported");
-                    return Err(Error::Unsupported { what, hint: "merge it, or slice along axis 0".into() });
+                op => {
+                    let part = match op {
+                        Op::Scale(_) => {
+                            let weight =
+                                blob(base)?.f_to_device(tch::Device::Cuda(device))?.f_to_kind(Kind::Float)?;
+                            let weight = weight.f_reshape([base.shape()[0] as i64, -1])?;
+                            Some(weight.f_narrow(0, rows.start as i64, rows.len() as i64)?)
+                        }
+                        _ => None,
+                    };
+                    layer(&layout, &input, &delta(name, term, part.as_ref(), device, factors)?)?
                 }
             };
+            let channels = if layout.kernel.is_empty() { y.dim() as i64 - 1 } else { 1 };
+            let _ = sum.f_narrow(channels, rows.start as i64, rows.len() as i64)?.f_add_(&added)?;
         }
         y.shallow_clone().f_copy_(&sum)?;
         Ok(())
     })
 }
 
-fn layer(l: &Layout, x: &Torch, up: &Torch, down: &Torch) -> Result<Torch> {
+fn long(values: &[usize]) -> Vec<i64> {
+    values.iter().map(|&v| v as i64).collect()
+}
+
+/// A layer with this weight, given as a matrix, without bias.
+fn layer(l: &Layout, x: &Torch, weight: &Torch) -> Result<Torch> {
     if l.kernel.is_empty() {
-        return Ok(x.f_matmul(&down.f_transpose(0, 1)?)?.f_matmul(&up.f_transpose(0, 1)?)?);
+        return Ok(x.f_matmul(&weight.f_transpose(0, 1)?)?);
     }
-    let long = |values: &[usize]| values.iter().map(|&v| v as i64).collect::<Vec<_>>();
-    let shape = |lead: [i64; 2], kernel: &[usize]| [&lead[..], &long(kernel)].concat();
-    let convolve =
-        |x: &Torch, w: &Torch, stride: &[usize], padding: &[usize], dilation: &[usize], groups: usize| {
-            let zeros = vec![0i64; stride.len()];
-            x.f_convolution(
-                w,
-                None::<&Torch>,
-                long(stride),
-                long(padding),
-                long(dilation),
-                false,
-                zeros,
-                groups as i64,
-            )
-        };
-    let (rank, ones) = (down.size()[0], vec![1usize; l.kernel.len()]);
-    let channels = l.channels as i64;
-    if l.groups == 1 {
-        let down = down.f_reshape(shape([rank, channels], &l.kernel))?;
-        let up = up.f_reshape(shape([up.size()[0], rank], &ones))?;
-        let middle = convolve(x, &down, &l.stride, &l.padding, &l.dilation, 1)?;
-        return Ok(convolve(&middle, &up, &ones, &vec![0; ones.len()], &ones, 1)?);
+    let weight = weight.f_reshape([&[weight.size()[0], l.channels as i64][..], &long(&l.kernel)].concat())?;
+    let (stride, padding, dilation) = (long(&l.stride), long(&l.padding), long(&l.dilation));
+    let none = vec![0i64; l.kernel.len()];
+    Ok(x.f_convolution(&weight, None::<&Torch>, stride, padding, dilation, false, none, l.groups as i64)?)
+}
+
+/// A layer with the weight `up @ down`, one factor after the other.
+fn product(l: &Layout, x: &Torch, up: &Torch, down: &Torch) -> Result<Torch> {
+    if l.groups != 1 {
+        // Groups share `down` but not their inputs: only the product can be split among them.
+        return layer(l, x, &up.f_matmul(down)?);
     }
-    // Groups share `down` but not their inputs: the product of the factors is the layer's own weight.
-    let delta = up.f_matmul(down)?.f_reshape(shape([up.size()[0], channels], &l.kernel))?;
-    Ok(convolve(x, &delta, &l.stride, &l.padding, &l.dilation, l.groups)?)
+    let middle = layer(l, x, down)?;
+    if l.kernel.is_empty() {
+        return Ok(middle.f_matmul(&up.f_transpose(0, 1)?)?);
+    }
+    let ones = vec![1i64; l.kernel.len()];
+    let none = vec![0i64; l.kernel.len()];
+    let up = up.f_reshape([&up.size()[..], &ones].concat())?;
+    Ok(middle.f_convolution(&up, None::<&Torch>, &ones[..], &none[..], &ones[..], false, &none[..], 1)?)
 }

@@ -165,8 +165,10 @@ impl Index {
     /// index into the list given to [`Index::new`]. The same spelling again replaces the former.
     pub fn add_alias(&mut self, spelling: &str, target: usize, slice: Option<Slice>) {
         let spelling = without_weight(spelling);
+        if self.aliases.insert(spelling.to_owned(), (target, slice)).is_some() {
+            self.aliases_flat.remove(&flatten(spelling));
+        }
         put(&mut self.aliases_flat, flatten(spelling), Hit::One(target, slice));
-        self.aliases.insert(spelling.to_owned(), (target, slice));
     }
 
     /// The target that `module` means, and the piece of it when the host fuses what the adapter keeps apart.

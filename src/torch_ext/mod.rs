@@ -11,7 +11,7 @@ extern "C" {
     fn lycore_ext_scope_close(scope: *mut c_void);
 }
 
-/// A CUDA stream of the caller (`cudaStream_t`) on a device.
+/// A CUDA device and, unless it is NULL, a stream of the caller on it (`cudaStream_t`).
 #[derive(Clone, Copy, Debug)]
 pub struct Stream {
     /// CUDA device index.
@@ -21,7 +21,8 @@ pub struct Stream {
 }
 
 /// While it lives, this thread's fp32 products are computed in fp32 and autocast is off, whatever the host set, and work goes to the
-/// caller's stream, if one is given.
+/// caller's stream, if one is given. For convolutions on a GPU, libtorch knows only a process-wide switch: meanwhile they are exact on the
+/// host's other threads too.
 pub struct Scope(*mut c_void);
 
 impl Scope {

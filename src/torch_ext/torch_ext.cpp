@@ -24,6 +24,9 @@ struct Scope {
   at::NoTF32Guard exact;
   // A host inside torch.autocast must not change the dtypes that this library computes in.
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  // Convolutions ask the process-wide setting instead of the guard, also in their backward on another thread.
+  bool has_convolutions = false;
+  at::Float32Precision convolutions = at::Float32Precision::NONE;
   bool has_stream = false;
   c10::Stream previous{c10::Stream::DEFAULT, c10::Device(c10::DeviceType::CPU)};
 };
@@ -32,18 +35,27 @@ struct Scope {
 
 extern "C" {
 
+void lycore_ext_scope_close(void* opened);
+
 // An address inside libtorch's CPU half.
 void* lycore_ext_libtorch_address() { return reinterpret_cast<void*>(&at::globalContext); }
 
 void lycore_ext_free_text(char* text) { delete[] text; }
 
-// Opens a scope in which fp32 products are exact (no TF32), autocast is off and, when device >= 0, work goes to this cudaStream_t.
+// Opens a scope in which fp32 products are exact (no TF32) and autocast is off. device is a CUDA device or -1 for the CPU; unless stream is NULL,
+// work goes to this cudaStream_t.
 // libtorch identifies an external stream by its handle, so no CUDA header is needed to name one.
 char* lycore_ext_scope_open(int device, void* stream, void** out) {
   *out = nullptr;
   try {
     Scope* scope = new Scope();
     if (device >= 0) {
+      at::Context& context = at::globalContext();
+      scope->convolutions = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV);
+      context.setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV, at::Float32Precision::IEEE);
+      scope->has_convolutions = true;
+    }
+    if (device >= 0 && stream != nullptr) {
       try {
         c10::Device where(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
         c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
@@ -53,7 +65,7 @@ char* lycore_ext_scope_open(int device, void* stream, void** out) {
         scope->previous = guard.exchangeStream(c10::Stream(c10::Stream::UNSAFE, where, id));
         scope->has_stream = true;
       } catch (...) {
-        delete scope;
+        lycore_ext_scope_close(scope);
         throw;
       }
     }
@@ -69,6 +81,9 @@ char* lycore_ext_scope_open(int device, void* stream, void** out) {
 void lycore_ext_scope_close(void* opened) {
   Scope* scope = static_cast<Scope*>(opened);
   try {
+    if (scope->has_convolutions) {
+      at::globalContext().setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV, scope->convolutions);
+    }
     if (scope->has_stream) c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).exchangeStream(scope->previous);
   } catch (...) {
     // The stream belonged to the caller a moment ago; there is nobody left to tell.

@@ -135,7 +135,12 @@ impl Network {
                 continue;
             };
             taken += 1;
-            let (rank, alpha) = (source.algorithm.rank(), source.algorithm.alpha().map(f64::from));
+            let Some(rank) = source.algorithm.rank() else {
+                let (name, kind, ours) = (&source.name, source.algorithm.name(), module.algorithm.name());
+                problems.push(format!("`{name}` is {kind}, this network trains {ours}"));
+                continue;
+            };
+            let alpha = source.algorithm.alpha().map(f64::from);
             let theirs = alpha.filter(|&a| a != 0.0).unwrap_or(rank as f64);
             let ours = module.algorithm.alpha();
             if (theirs - ours).abs() > ALPHA_TOLERANCE * ours.abs() {

@@ -339,7 +339,9 @@ static void forwards(void) {
         int64_t sizes[3][4];
         char name[16];
         memcpy(sizes, i < 3 ? empty[i] : empty_conv[i - 3], sizeof sizes);
-        const lycore_tensor w = tensor_of(weight_data, ndim, sizes[0]), in = tensor_of(x_data, ndim, sizes[1]),
+        // Two weights with elements must not share them.
+        static float other_weight[4 * 3 * 3 * 3];
+        const lycore_tensor w = tensor_of(i == 5 ? other_weight : weight_data, ndim, sizes[0]), in = tensor_of(x_data, ndim, sizes[1]),
                             to = tensor_of(y_data, ndim, sizes[2]);
         snprintf(name, sizeof name, "empty.%d", i);
         WORKS(lycore_stack_add_target(s, name, &w, e));

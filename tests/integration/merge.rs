@@ -3,7 +3,7 @@
 use lycore::dtype::{Dtype, Float};
 use lycore::merge::bypass::{self, Geometry};
 use lycore::merge::cpu;
-use lycore::merge::ops::{LowRank, Op, Term};
+use lycore::merge::ops::{Dense, Hadamard, Kron, LowRank, Op, Scale, Term};
 use lycore::view::{Device, Slice, Tensor, View};
 
 /// xorshift64*: the same cases in every run.
@@ -59,6 +59,70 @@ fn ulp(float: Float, value: f64) -> f64 {
     2f64.powf(exponent - f64::from(digits))
 }
 
+/// A random op for a weight of [rows, channels, kernel], its delta at strength 1 in f64, and the size of what was summed for it.
+fn any_op(random: &mut Random, shape: &[usize; 3], base: &[f64]) -> (Op, Vec<f64>, Vec<f64>) {
+    let &[rows, channels, kernel] = shape;
+    let cols = channels * kernel;
+    let scale = f64::from(random.value());
+    let tensor = |values: &[f32], rows: usize| Tensor::of_f32(values.to_vec(), &[rows, values.len() / rows]);
+    let pair = |random: &mut Random| {
+        let rank = 1 + random.below(20);
+        let (up, down) = (random.values(rows * rank), random.values(rank * cols));
+        let sum = |sign: fn(f64) -> f64| -> Vec<f64> {
+            let at = |i: usize, k: usize| {
+                sign(f64::from(up[i / cols * rank + k]) * f64::from(down[k * cols + i % cols]))
+            };
+            (0..rows * cols).map(|i| (0..rank).map(|k| at(i, k)).sum()).collect()
+        };
+        ((tensor(&up, rows), tensor(&down, rank)), sum(|v| v), sum(f64::abs))
+    };
+    let scaled = |values: Vec<f64>| values.into_iter().map(|v| v * scale).collect::<Vec<f64>>();
+    let sizes = |values: Vec<f64>| values.into_iter().map(|v| (v * scale).abs()).collect::<Vec<f64>>();
+    let wide = |values: &[f32]| values.iter().map(|v| f64::from(*v)).collect::<Vec<f64>>();
+    match random.below(5) {
+        0 => {
+            let ((up, down), delta, size) = pair(random);
+            (Op::LowRank(LowRank { up, down, scale }), scaled(delta), sizes(size))
+        }
+        1 => {
+            let ((one, left, left_size), (two, right, right_size)) = (pair(random), pair(random));
+            let both =
+                |a: Vec<f64>, b: Vec<f64>| a.into_iter().zip(b).map(|(a, b)| a * b).collect::<Vec<f64>>();
+            let op = Op::Hadamard(Hadamard { pairs: [one, two], scale });
+            (op, scaled(both(left, right)), sizes(both(left_size, right_size)))
+        }
+        2 => {
+            let divisor = |random: &mut Random, n: usize| {
+                let all: Vec<usize> = (1..=n).filter(|d| n % d == 0).collect();
+                all[random.below(all.len())]
+            };
+            let (a, b) = (divisor(random, rows), divisor(random, channels));
+            let (c, d) = (rows / a, cols / b);
+            let (w1, w2) = (random.values(a * b), random.values(c * d));
+            let at = |i: usize| {
+                let (r, k) = (i / cols, i % cols);
+                f64::from(w1[r / c * b + k / d]) * f64::from(w2[r % c * d + k % d])
+            };
+            let delta: Vec<f64> = (0..rows * cols).map(at).collect();
+            let op = Op::Kron(Kron { w1: tensor(&w1, a), w2: tensor(&w2, c), scale });
+            (op, scaled(delta.clone()), sizes(delta))
+        }
+        3 => {
+            let diff = random.values(rows * cols);
+            let size = wide(&diff).into_iter().map(f64::abs).collect();
+            (Op::Dense(Dense { diff: tensor(&diff, rows) }), wide(&diff), size)
+        }
+        _ => {
+            let axis = random.below(2);
+            let v = random.values([rows, channels][axis]);
+            let factor = |i: usize| f64::from(v[if axis == 0 { i / cols } else { i % cols / kernel }]);
+            let delta: Vec<f64> = base.iter().enumerate().map(|(i, w)| w * factor(i)).collect();
+            let size = delta.iter().map(|d| d.abs()).collect();
+            (Op::Scale(Scale { v: Tensor::of_f32(v.clone(), &[v.len()]), axis }), delta, size)
+        }
+    }
+}
+
 #[test]
 fn merge_is_the_formula_rounded_once() {
     let mut random = Random(11);
@@ -69,7 +133,8 @@ fn merge_is_the_formula_rounded_once() {
         let shape = [rows, channels, kernel];
         let cols = channels * kernel;
         let base = packed(float, &random.values(rows * cols));
-        let mut want: Vec<f64> = unpacked(float, &base).into_iter().map(f64::from).collect();
+        let pristine = unpacked(float, &base);
+        let mut want: Vec<f64> = pristine.iter().map(|v| f64::from(*v)).collect();
         let mut size: Vec<f64> = want.iter().map(|v| v.abs()).collect();
         let mut touched = vec![false; want.len()];
         let mut parts = Vec::new();
@@ -85,26 +150,20 @@ fn merge_is_the_formula_rounded_once() {
             let pick =
                 |axis, total| slice.filter(|s| s.axis == axis).map_or((0, total), |s| (s.start, s.len));
             let ((r0, rn), (c0, cn)) = (pick(0, rows), pick(1, channels));
-            let (rank, width) = (1 + random.below(20), cn * kernel);
-            let (up, down) = (random.values(rn * rank), random.values(rank * width));
-            let (strength, scale) = (f64::from(random.value()) * 2.0, f64::from(random.value()));
+            let strength = f64::from(random.value()) * 2.0;
+            let region: Vec<f64> = (0..rn)
+                .flat_map(|r| (0..cn * kernel).map(move |c| (r0 + r) * cols + c0 * kernel + c))
+                .map(|at| f64::from(pristine[at]))
+                .collect();
+            let (op, delta, magnitude) = any_op(&mut random, &[rn, cn, kernel], &region);
             for r in 0..rn {
-                for c in 0..width {
-                    let at = (r0 + r) * cols + c0 * kernel + c;
+                for c in 0..cn * kernel {
+                    let (at, own) = ((r0 + r) * cols + c0 * kernel + c, r * cn * kernel + c);
                     touched[at] = true;
-                    for k in 0..rank {
-                        let product =
-                            strength * scale * f64::from(up[r * rank + k]) * f64::from(down[k * width + c]);
-                        want[at] += product;
-                        size[at] += product.abs();
-                    }
+                    want[at] += strength * delta[own];
+                    size[at] += strength.abs() * magnitude[own];
                 }
             }
-            let op = Op::LowRank(LowRank {
-                up: Tensor::of_f32(up, &[rn, rank]),
-                down: Tensor::of_f32(down, &[rank, width]),
-                scale,
-            });
             parts.push((op, strength, slice));
         }
         let terms: Vec<Term<'_>> = parts
@@ -155,8 +214,7 @@ fn bypass_is_the_convolution_of_the_delta() {
     let mut random = Random(5);
     for case in 0..120 {
         let groups = [1, 1, 2][random.below(3)];
-        let (channels, out, rank) =
-            (1 + random.below(5), groups * (1 + random.below(5)), 1 + random.below(4));
+        let (channels, out) = (1 + random.below(5), groups * (1 + random.below(5)));
         let axes = 1 + random.below(3);
         let dims = |r: &mut Random, low: usize, range: usize| {
             (0..axes).map(|_| low + r.below(range)).collect::<Vec<_>>()
@@ -168,7 +226,9 @@ fn bypass_is_the_convolution_of_the_delta() {
             .map(|a| (input[a] + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1) / stride[a] + 1)
             .collect();
         let taps: usize = kernel.iter().product();
-        let (up, down) = (random.values(out * rank), random.values(rank * channels * taps));
+        let weight = random.values(out * channels * taps);
+        let wide: Vec<f64> = weight.iter().map(|v| f64::from(*v)).collect();
+        let (op, delta, _) = any_op(&mut random, &[out, channels, taps], &wide);
         let x_shape = [vec![2, channels * groups], input.clone()].concat();
         let y_shape = [vec![2, out], output.clone()].concat();
         let (x, y) = (random.values(x_shape.iter().product()), random.values(y_shape.iter().product()));
@@ -197,14 +257,9 @@ fn bypass_is_the_convolution_of_the_delta() {
                         });
                         let Some(from) = from else { continue };
                         for c in 0..channels {
-                            let weight: f64 = (0..rank)
-                                .map(|k| {
-                                    f64::from(up[o * rank + k])
-                                        * f64::from(down[(k * channels + c) * taps + tap])
-                                })
-                                .sum();
+                            let weight = delta[(o * channels + c) * taps + tap];
                             let pixel = x[((n * groups + group) * channels + c) * pixels_in + from];
-                            want[(n * out + o) * pixels + p] += 0.7 * 0.5 * weight * f64::from(pixel);
+                            want[(n * out + o) * pixels + p] += 0.7 * weight * f64::from(pixel);
                         }
                     }
                 }
@@ -212,20 +267,12 @@ fn bypass_is_the_convolution_of_the_delta() {
         }
 
         let (mut x, mut y) = (packed(Float::F32, &x), packed(Float::F32, &y));
-        let down = Tensor::of_f32(down, &[rank, channels * taps]);
-        let op = Op::LowRank(LowRank { up: Tensor::of_f32(up, &[out, rank]), down, scale: 0.5 });
-        let weight = [vec![out, channels], kernel].concat();
+        let mut base = packed(Float::F32, &weight);
+        let base = view(&mut base, Float::F32, &[vec![out, channels], kernel].concat());
         let geometry = Geometry { stride, padding, dilation, groups };
         let (x, target) = (view(&mut x, Float::F32, &x_shape), view(&mut y, Float::F32, &y_shape));
-        bypass::forward(
-            "w",
-            &weight,
-            &geometry,
-            &x,
-            &target,
-            &[Term { op: &op, strength: 0.7, slice: None }],
-        )
-        .expect("forward");
+        bypass::forward("w", &base, &geometry, &x, &target, &[Term { op: &op, strength: 0.7, slice: None }])
+            .expect("forward");
         for (i, (got, want)) in unpacked(Float::F32, &y).into_iter().zip(&want).enumerate() {
             // Sums of a few hundred f32 products of numbers below 1.
             assert!((f64::from(got) - want).abs() < 2e-5, "case {case}, element {i}: {got} for {want}");

@@ -346,7 +346,7 @@ def test_the_report_says_what_is_not_applied(host):
     modules = {f"{BLOCK}attn1_to_q": (up, down, 1.0), f"{BLOCK}attn1_to_qq": factors(H, H)}
     modules |= {f"lora_unet_elsewhere_{n}": factors(3, 3) for n in range(40)}
     host.save("a.safetensors", modules)
-    more = {f"{BLOCK}attn2_to_q.hada_w1_a": rand(2, 2), f"{BLOCK}attn2_to_q.hada_w1_b": rand(2, 2)}
+    more = {f"{BLOCK}attn2_to_q.oft_blocks": rand(2, 2, 2)}
     tensors = {f"{BLOCK}attn1_to_k.lora_up.weight": rand(H, 4), f"{BLOCK}attn1_to_k.lora_down.weight": rand(4, H)}
     save_file({**tensors, **more}, host.folder / "b.safetensors")
     _, _, report = host.run(fakes.Patcher(fakes.Model()), ("a.safetensors", 0.8), ("b.safetensors", 1.0))
@@ -387,7 +387,7 @@ def test_the_users_stop_button_works_between_rows(host):
         host.run(fakes.Patcher(fakes.Model()), ("a.safetensors", 1.0))
 
 
-def test_a_device_that_the_library_does_not_reach_is_merged_by_torch(host, monkeypatch):
+def test_a_weight_that_the_library_does_not_reach_is_merged_in_a_copy(host, monkeypatch):
     adapter = host.part("adapter")
     up, down = factors(H, H, seed=1, dtype=torch.float16)
     conv = rand(H, 2, 1, 1, seed=1), rand(2, 4, 1, 1, seed=2)
@@ -404,7 +404,7 @@ def test_a_device_that_the_library_does_not_reach_is_merged_by_torch(host, monke
     model = fakes.Patcher(fakes.Model(torch.bfloat16))
     host.save("a.safetensors", {f"{BLOCK}attn1_to_q": (up, down, 2.0)})
     patched, _, report = host.run(model, ("a.safetensors", 0.7))
-    assert report.splitlines()[-1] == "Merged by torch on cpu: no such device"
+    assert report.splitlines()[-1] == "Merged on the CPU, not on cpu: no such device"
     exact = weight_of(model, Q).double() + 0.7 * delta(up, down, 2.0)
     assert_rounded_once(patched.lowvram_weight(Q, torch.bfloat16), exact)
     # A Tucker core and a slice of columns, against the library.
