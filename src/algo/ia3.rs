@@ -16,7 +16,7 @@ const WEIGHT: &str = "weight";
 const ON_INPUT: &str = "on_input";
 
 pub(super) const RECIPE: Recipe =
-    Recipe { name: "(IA)^3", marks: &[ON_INPUT], knows: &[WEIGHT, ON_INPUT], read };
+    Recipe { name: "(IA)^3", marks: &[ON_INPUT, WEIGHT], knows: &[WEIGHT, ON_INPUT], read };
 
 /// One module.
 #[derive(Debug)]

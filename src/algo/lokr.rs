@@ -66,6 +66,9 @@ fn half(module: &str, group: &Group, names: [&str; 3], core: Option<&Tensor>) ->
         };
         return Ok(Half { matrix: super::matrix(module, tensor, rows)?, inner: inner.to_vec(), rank: None });
     }
+    if group.get(a).is_none() && group.get(b).is_none() {
+        return Err(malformed(module, format!("neither `{whole}` nor `{a}` and `{b}` are there")));
+    }
     let (left, right) = (required(module, group, a)?, required(module, group, b)?);
     let shapes = || format!("`{a}` {:?}, `{b}` {:?}", left.shape(), right.shape());
     let rank = right.shape()[0];
@@ -104,10 +107,14 @@ fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
         return Err(malformed(module, format!("both `{}` and `{T2}` are there", W2[0])));
     }
     let (one, two) = (half(module, group, W1, None)?, half(module, group, W2, core)?);
-    let (alpha_tensor, alpha) = super::alpha(module, group)?;
+    let rank = two.rank.or(one.rank);
+    // Without a rank alpha means nothing; LyCORIS' 100000 is infinite in an fp16 file.
+    let (alpha_tensor, alpha) = match rank {
+        Some(_) => super::alpha(module, group)?,
+        None => (group.get(ALPHA).cloned(), None),
+    };
     let own = group.tensors.iter().filter(|(name, _)| *name != ALPHA).cloned();
     let tensors = own.chain(alpha_tensor.map(|t| (ALPHA, t))).collect();
-    let rank = two.rank.or(one.rank);
     Ok(Box::new(Lokr { tensors, w1: one.matrix, w2: two.matrix, inner: two.inner, rank, alpha }))
 }
 

@@ -73,6 +73,10 @@ pub fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
     match ALL.iter().find(|recipe| has(recipe.marks)) {
         Some(recipe) => match foreign(recipe.knows) {
             None => (recipe.read)(module, group),
+            Some(name) if ALL.iter().any(|other| other.knows.contains(&name)) => Err(malformed(
+                module,
+                format!("`{name}` does not belong beside the tensors of {}", recipe.name),
+            )),
             Some(name) => Err(unsupported(name)),
         },
         None => Err(match foreign(&["alpha"]) {

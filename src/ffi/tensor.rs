@@ -193,10 +193,8 @@ pub(super) fn in_scope<T>(
     let _scope = {
         use crate::torch_ext::{Scope, Stream};
         match device {
-            Device::Cuda(device) if !stream.is_null() => {
-                Scope::open(Some(Stream { device, handle: stream }))?
-            }
-            _ => Scope::open(None)?,
+            Device::Cuda(device) => Scope::open(Some(Stream { device, handle: stream }))?,
+            Device::Cpu => Scope::open(None)?,
         }
     };
     #[cfg(not(feature = "torch"))]

@@ -251,8 +251,32 @@ fn layer(l: &Layout, x: &Torch, weight: &Torch) -> Result<Torch> {
     }
     let weight = weight.f_reshape([&[weight.size()[0], l.channels as i64][..], &long(&l.kernel)].concat())?;
     let (stride, padding, dilation) = (long(&l.stride), long(&l.padding), long(&l.dilation));
-    let none = vec![0i64; l.kernel.len()];
-    Ok(x.f_convolution(&weight, None::<&Torch>, stride, padding, dilation, false, none, l.groups as i64)?)
+    convolve(x, &weight, [stride, padding, dilation], l.groups)
+}
+
+/// A convolution in fp32, whatever the process allows.
+fn convolve(
+    x: &Torch,
+    weight: &Torch,
+    [stride, padding, dilation]: [Vec<i64>; 3],
+    groups: usize,
+) -> Result<Torch> {
+    let none = vec![0i64; stride.len()];
+    let (transposed, benchmark, deterministic, cudnn, tf32) = (false, false, true, true, false);
+    Ok(x.f_internal_convolution(
+        weight,
+        None::<&Torch>,
+        stride,
+        padding,
+        dilation,
+        transposed,
+        none,
+        groups as i64,
+        benchmark,
+        deterministic,
+        cudnn,
+        tf32,
+    )?)
 }
 
 /// A layer with the weight `up @ down`, one factor after the other.
@@ -265,8 +289,7 @@ fn product(l: &Layout, x: &Torch, up: &Torch, down: &Torch) -> Result<Torch> {
     if l.kernel.is_empty() {
         return Ok(middle.f_matmul(&up.f_transpose(0, 1)?)?);
     }
-    let ones = vec![1i64; l.kernel.len()];
-    let none = vec![0i64; l.kernel.len()];
+    let [ones, none] = [1i64, 0].map(|v| vec![v; l.kernel.len()]);
     let up = up.f_reshape([&up.size()[..], &ones].concat())?;
-    Ok(middle.f_convolution(&up, None::<&Torch>, &ones[..], &none[..], &ones[..], false, &none[..], 1)?)
+    convolve(&middle, &up, [ones.clone(), none, ones], 1)
 }

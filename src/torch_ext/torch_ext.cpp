@@ -25,8 +25,10 @@ struct Scope {
   // A host inside torch.autocast must not change the dtypes that this library computes in.
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   // Convolutions ask the process-wide setting instead of the guard, also in their backward on another thread.
+  // The old setter changes the new, finer settings too, so these are put back as they were.
   bool has_convolutions = false;
-  at::Float32Precision convolutions = at::Float32Precision::NONE;
+  bool cudnn = false;
+  at::Float32Precision convolution = at::Float32Precision::NONE, recurrent = at::Float32Precision::NONE;
   bool has_stream = false;
   c10::Stream previous{c10::Stream::DEFAULT, c10::Device(c10::DeviceType::CPU)};
 };
@@ -51,8 +53,10 @@ char* lycore_ext_scope_open(int device, void* stream, void** out) {
     Scope* scope = new Scope();
     if (device >= 0) {
       at::Context& context = at::globalContext();
-      scope->convolutions = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV);
-      context.setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV, at::Float32Precision::IEEE);
+      scope->cudnn = context.allowTF32CuDNN(at::Float32Op::CONV);
+      scope->convolution = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV);
+      scope->recurrent = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN);
+      context.setAllowTF32CuDNN(false);
       scope->has_convolutions = true;
     }
     if (device >= 0 && stream != nullptr) {
@@ -82,7 +86,10 @@ void lycore_ext_scope_close(void* opened) {
   Scope* scope = static_cast<Scope*>(opened);
   try {
     if (scope->has_convolutions) {
-      at::globalContext().setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV, scope->convolutions);
+      at::Context& context = at::globalContext();
+      context.setAllowTF32CuDNN(scope->cudnn);
+      context.setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV, scope->convolution);
+      context.setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN, scope->recurrent);
     }
     if (scope->has_stream) c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).exchangeStream(scope->previous);
   } catch (...) {

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import lycore
 
@@ -179,3 +180,105 @@ def test_training_on_the_gpu_follows_the_cpu():
     cpu, gpu = losses("cpu"), losses("cuda")
     assert cpu[-1] < cpu[0] / 2
     assert max(abs(a - b) / a for a, b in zip(cpu, gpu, strict=True)) < 1e-4
+
+
+def test_a_bypass_of_a_large_convolution_is_exact(make_lora):
+    """Large enough for cuDNN's TF32 kernels, which libtorch uses for convolutions unless it is told not to."""
+    lora = make_lora("c", {"lora_unet_big": (320, 320, 3, 3)}, rank=32, alpha=32.0, dtype="float32")
+    weight = torch.zeros(320, 320, 3, 3, device="cuda")
+    stack = lycore.Stack({"big.weight": weight})
+    stack.add(lora.path, 1.0)
+    x = torch.randn(2, 320, 48, 48, device="cuda")
+    y = torch.zeros(2, 320, 48, 48, device="cuda")
+    before = torch.backends.cudnn.conv.fp32_precision
+    stack.forward("big.weight", x, y, padding=1)
+    assert torch.backends.cudnn.conv.fp32_precision == before
+    delta = torch.from_numpy(lora.deltas["lora_unet_big"]).cuda()
+    want = torch.nn.functional.conv2d(x.double(), delta, padding=1)
+    # fp32 sums of 2880 and 32 products: TF32 would be off by 3e-4.
+    assert ((y.double() - want).norm() / want.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind", ["loha", "loha_tucker", "lokr", "lokr_factors", "lokr_tucker", "full", "ia3_out", "ia3_in"]
+)
+def test_every_algorithm_as_on_the_cpu(tmp_path, kind, dtype):
+    """The CPU's numbers are compared with LyCORIS' elsewhere; the sums differ in order only."""
+    generator = torch.Generator().manual_seed(9)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator) * 0.3
+
+    tensors = {
+        "loha": {"hada_w1_a": (24, 5), "hada_w1_b": (5, 72), "hada_w2_a": (24, 5), "hada_w2_b": (5, 72)},
+        "loha_tucker": {"hada_w1_a": (5, 24), "hada_w1_b": (5, 8), "hada_w2_a": (5, 24), "hada_w2_b": (5, 8)}
+        | {"hada_t1": (5, 5, 3, 3), "hada_t2": (5, 5, 3, 3)},
+        "lokr": {"lokr_w1": (4, 2), "lokr_w2": (6, 4, 3, 3)},
+        "lokr_factors": {"lokr_w1_a": (4, 3), "lokr_w1_b": (3, 2), "lokr_w2_a": (6, 3), "lokr_w2_b": (3, 36)},
+        "lokr_tucker": {"lokr_w1": (4, 2), "lokr_t2": (3, 3, 3, 3), "lokr_w2_a": (3, 6), "lokr_w2_b": (3, 4)},
+        "full": {"diff": (24, 8, 3, 3)},
+        "ia3_out": {"weight": (1, 24, 1, 1)},
+        "ia3_in": {"weight": (1, 8, 1, 1)},
+    }[kind]
+    file = {f"lora_unet_a.{name}": random(*shape) for name, shape in tensors.items()}
+    file["lora_unet_a." + ("on_input" if "ia3" in kind else "alpha")] = torch.tensor(int(kind != "ia3_out"))
+    save_file(file, tmp_path / "a.safetensors")
+    base = random(24, 8, 3, 3).to(dtype)
+    results = []
+    for device in ("cpu", "cuda"):
+        weight = base.clone().to(device)
+        generator.manual_seed(10)
+        x, y = random(2, 8, 9, 9), random(2, 24, 9, 9)
+        with lycore.Stack({"a.weight": weight}) as stack:
+            stack.add(tmp_path / "a.safetensors", 0.7)
+            x, y = x.to(device), y.to(device)
+            stack.forward("a.weight", x, y, padding=1)
+            stack.apply()
+            results.append((weight.float().cpu().clone(), y.cpu()))
+            # As a host does that does its own bookkeeping, with the factors on the device.
+            own = base.clone().to(device)
+            module = lycore.open(tmp_path / "a.safetensors").modules[0]
+            there = {name: tensor.torch().to(device) for name, tensor in module.tensors.items()}
+            lycore.weight_merge("a", own, [(0.7, there, None)])
+            assert (own - weight).abs().max() <= (1e-5 if dtype == torch.float32 else 2.0**-7)
+        assert torch.equal(weight.cpu(), base)
+    (cpu, cpu_out), (gpu, gpu_out) = results
+    assert ((cpu_out - gpu_out).norm() / cpu_out.norm()).item() < (1e-6 if "ia3" not in kind else 1e-5)
+    if dtype == torch.float32:
+        assert (cpu - gpu).abs().max() <= 1e-6 * (1 + cpu.abs().max())
+    else:
+        assert (cpu != gpu).float().mean() <= 1e-3
+
+
+def test_training_a_convolution_is_exact_in_a_host_that_uses_tf32():
+    """Forward and gradients against fp64; the host's own setting is as before."""
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(320, 320, 3, padding=1, bias=False).cuda().requires_grad_(False)
+    layer.weight.zero_()
+    net = torch.nn.Sequential(layer)
+    network = lycore.Network({"network_dim": 32, "network_alpha": 32})
+    network.attach(net)
+    network.build("cuda")
+    network.parameters.normal_(std=0.05)
+    network.refresh()
+    # The flat buffer begins with the parameters in the order of the file: down, then up.
+    sizes = ((32, 320, 3, 3), (320, 32))
+    count = 32 * 320 * 9
+    down, up = (
+        part.double().reshape(size).requires_grad_()
+        for part, size in zip(network.parameters[: count + 320 * 32].split([count, 320 * 32]), sizes, strict=True)
+    )
+    x = torch.randn(2, 320, 48, 48, device="cuda", requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    before = torch.backends.cudnn.conv.fp32_precision
+    y = net(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert torch.backends.cudnn.conv.fp32_precision == before
+    want = torch.nn.functional.conv2d(wide, torch.einsum("or,rikl->oikl", up, down), padding=1)
+    want.backward(grad.double())
+    pairs = [(y, want), (x.grad, wide.grad), (network.gradients[:count], down.grad.flatten())]
+    for got, exact in pairs:
+        # fp32 sums of up to 4608 products; TF32 would be off by 3e-4.
+        assert ((got.double() - exact).norm() / exact.norm()).item() < 1e-5

@@ -1,9 +1,8 @@
 """What an adapter file does to a weight, in float64, from the file's own tensors.
 
-    W' = W + sum over adapters of strength * scale * delta
-    delta[o, i, k..] = sum_p  up[o, p] down[p, i, k..]                 LoRA, LoCon
-    delta[o, i, k..] = sum_pq up[o, p] mid[p, q, k..] down[q, i]       with a Tucker core
-    scale = alpha / rank;  alpha / sqrt(rank) for PEFT's use_rslora;  1 when nothing tells alpha
+    W' = W + sum over adapters of strength * scale * delta, every delta of the same W
+    delta: `lora_formula.product`
+    scale = alpha / rank;  alpha / sqrt(rank) for PEFT's use_rslora;  1 when nothing tells alpha or there is no rank
 
 Files are read with the `safetensors` package, alpha from the stored tensor or from PEFT's config. Nothing here uses
 lycore, so that a fault in it cannot hide in the expectation.
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy
 import torch
-from lora_formula import product
+from lora_formula import product, rank
 from safetensors import safe_open
 
 SPELLINGS = {
@@ -31,6 +30,12 @@ SPELLINGS = {
     ".alpha": "alpha",
     ".lora_B.weight": "up",
     ".lora_A.weight": "down",
+    **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    ".diff": "diff",
+    ".on_input": "on_input",
+    # Last: the ends of others end like it.
+    ".weight": "weight",
 }
 FORMATS = {torch.float32: (24, -149), torch.float16: (11, -24), torch.bfloat16: (8, -133)}
 """By dtype: bits of the significand, and the exponent of the smallest number above 0."""
@@ -43,6 +48,18 @@ class Change:
     factors: Mapping[str, numpy.ndarray]
     scale: float
 
+    def delta(self, weight: torch.Tensor) -> numpy.ndarray:
+        """At strength 1, in the shape of the weight; only (IA)^3 looks at its values."""
+        if "weight" in self.factors:
+            return product(self.factors, weight.detach().double().numpy())
+        return self._delta.reshape(weight.shape)
+
+    def magnitude(self, weight: torch.Tensor) -> numpy.ndarray:
+        """The same with absolute values: what rounding errors of the sums are relative to."""
+        if "weight" in self.factors:
+            return abs(self.delta(weight))
+        return self._magnitude.reshape(weight.shape)
+
     @cached_property
     def _delta(self) -> numpy.ndarray:
         return self.scale * product(self.factors)
@@ -50,14 +67,6 @@ class Change:
     @cached_property
     def _magnitude(self) -> numpy.ndarray:
         return abs(self.scale) * product({name: abs(value) for name, value in self.factors.items()})
-
-    def delta(self, shape: Sequence[int]) -> numpy.ndarray:
-        """At strength 1, in the shape of the weight."""
-        return self._delta.reshape(tuple(shape))
-
-    def magnitude(self, shape: Sequence[int]) -> numpy.ndarray:
-        """The same with absolute values: what rounding errors of the sums are relative to."""
-        return self._magnitude.reshape(tuple(shape))
 
 
 def read(path: Path, config: Mapping[str, Any] | None = None) -> dict[str, Change]:
@@ -74,11 +83,14 @@ def read(path: Path, config: Mapping[str, Any] | None = None) -> dict[str, Chang
             groups.setdefault(key.removesuffix(suffix), {})[SPELLINGS[suffix]] = value
     changes = {}
     for name, factors in groups.items():
-        rank = factors["down"].shape[0]
-        alpha = factors.pop("alpha", None)
-        scale = scale_in(config or {}, name, rank) if alpha is None else float(alpha) / rank
-        changes[name] = Change(factors, scale)
+        inner, alpha = rank(factors), factors.pop("alpha", None)
+        changes[name] = Change(factors, 1.0 if inner is None else scale_of(alpha, config or {}, name, inner))
     return changes
+
+
+def scale_of(alpha: numpy.ndarray | None, config: Mapping[str, Any], module: str, rank: int) -> float:
+    """The stored alpha's, else the config's."""
+    return scale_in(config, module, rank) if alpha is None else float(alpha) / rank
 
 
 def scale_in(config: Mapping[str, Any], module: str, rank: int) -> float:
@@ -134,11 +146,11 @@ class Tally:
         self, name: str, got: torch.Tensor, base: torch.Tensor, changes: Sequence[tuple[float, Change]]
     ) -> numpy.ndarray:
         """One weight under (strength, change) pairs; returns the exact sum."""
-        got, base = got.detach().double().numpy(), base.detach().double().numpy()
+        weight, got, base = base, got.detach().double().numpy(), base.detach().double().numpy()
         want, magnitude = base.copy(), abs(base)
         for strength, change in changes:
-            want = want + strength * change.delta(base.shape)
-            magnitude = magnitude + abs(strength) * change.magnitude(base.shape)
+            want = want + strength * change.delta(weight)
+            magnitude = magnitude + abs(strength) * change.magnitude(weight)
         right = rounded(want, self.dtype)
         self.elements += got.size
         self.equal += int((got == right).sum())

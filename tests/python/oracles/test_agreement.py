@@ -47,7 +47,7 @@ class Case:
         exact = copy.deepcopy(self.model).double()
         (change,) = formula.read(self.path).values()
         weight = exact.layer.weight
-        weight.data += torch.from_numpy(strength * change.delta(weight.shape))
+        weight.data += torch.from_numpy(strength * change.delta(weight))
         return exact.layer(self.x.double())
 
     def bypass(self, stack: lycore.Stack) -> torch.Tensor:

@@ -77,7 +77,7 @@ def oracle_agrees_by_layer(oracle: torch.nn.Module, host, changes, target_of, st
     parameters, worst = dict(exact.named_parameters()), {}
     for module, change in changes.items():
         weight = parameters[target_of(module)]
-        weight.data += torch.from_numpy(strength * change.delta(weight.shape))
+        weight.data += torch.from_numpy(strength * change.delta(weight))
     inputs = host.inputs()
     assert len(changes) == len(inputs)
     for name, x in inputs.items():
