@@ -19,7 +19,7 @@ from typing import Any
 
 from . import _binding, _builds
 from ._builds import Build
-from .errors import LibraryError, class_of
+from .errors import HandleError, LibraryError, class_of
 
 _LOCK = threading.RLock()
 _LOADED: dict[Path, Library] = {}
@@ -96,6 +96,21 @@ class Owned:
         # Missing when __init__ was stopped half way.
         if free := getattr(self, "_free", None):
             free(self._as_parameter_)
+
+
+class Closable:
+    """An object around one handle, until it is closed."""
+
+    _owner: Owned | None
+
+    def _handle(self) -> Owned:
+        if self._owner is None:
+            raise HandleError(f"The {type(self).__name__.lower()} is closed.")
+        return self._owner
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        owner = self._handle()
+        owner.library.call(function, owner, *arguments)
 
 
 def load(torch: bool | None = None) -> Library:

@@ -20,9 +20,9 @@ from ._binding import (
     lycore_step,
     lycore_tensor,
 )
-from ._library import Owned, load
+from ._library import Closable, Owned, load
 from .adapter import encoded_path
-from .errors import AdapterKeyError, DeviceError, HandleError
+from .errors import AdapterKeyError, DeviceError
 from .stack import geometry_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Targets = Callable[[str, "torch.nn.Module"], bool] | Sequence[str] | str
 """Which layers: a function of name and layer, or patterns of names in which `*` stands for any text."""
 
 
-class Network:
+class Network(Closable):
     """A set of modules in training, on the layers of a torch model.
 
     `config` has sd-scripts' names where it has them; `Network.schema()` tells all keys with their defaults. Needs the
@@ -209,15 +209,6 @@ class Network:
         cuda_index = described.device.device_id if described.device.device_type == LYCORE_DEVICE_CUDA else None
         address = (described.data or 0) + described.byte_offset
         return _autograd.view_of(address, described.shape[0], cuda_index, self._handle())
-
-    def _handle(self) -> Owned:
-        if self._owner is None:
-            raise HandleError("The network is closed.")
-        return self._owner
-
-    def _call(self, function: str, *arguments: Any) -> None:
-        owner = self._handle()
-        owner.library.call(function, owner, *arguments)
 
 
 def _wanted(targets: Targets | None, name: str, layer: torch.nn.Module) -> bool:

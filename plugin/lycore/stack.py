@@ -17,9 +17,9 @@ from ._binding import (
     lycore_patch,
     lycore_tensor,
 )
-from ._library import Library, Owned, load
+from ._library import Closable, Library, Owned, load
 from .adapter import Adapter
-from .errors import ArgumentError, HandleError, LibraryError
+from .errors import ArgumentError, LibraryError
 from .progress import Cancel, ProgressCallback, watched
 from .strengths import Strengths
 from .tensor import Descriptor, is_torch, row_major, slice_of, stream_of
@@ -94,7 +94,7 @@ class Handle:
         return json.loads(owner.library.text("lycore_stack_report", owner, self._number))
 
 
-class Stack:
+class Stack(Closable):
     """Weights, adapters on them, strengths. `apply` computes every weight from its pristine copy, so that only the
     strengths count and never what was applied before.
 
@@ -206,15 +206,6 @@ class Stack:
             self.restore()
             self._owner = None
             self._weights = {}
-
-    def _handle(self) -> Owned:
-        if self._owner is None:
-            raise HandleError("The stack is closed.")
-        return self._owner
-
-    def _call(self, function: str, *arguments: Any) -> None:
-        owner = self._handle()
-        owner.library.call(function, owner, *arguments)
 
     def _stream(self) -> int | None:
         return stream_of(self._handle().library.build.links_torch, self._cuda_index)

@@ -8,9 +8,7 @@ use super::handle;
 use super::stack::{geometry, lycore_geometry};
 use super::status::lycore_status::LYCORE_BAD_ARGUMENT;
 use super::status::{lycore_error, lycore_status};
-use super::tensor::{
-    describe, in_scope, lycore_device, lycore_tensor, view, LYCORE_DEVICE_CPU, LYCORE_DEVICE_CUDA,
-};
+use super::tensor::{describe, in_scope, lycore_device, lycore_tensor, view};
 use crate::dtype::{Dtype, Float};
 #[cfg(not(feature = "torch"))]
 use crate::error::Error;
@@ -177,14 +175,7 @@ pub unsafe extern "C" fn lycore_network_build(
     unsafe {
         boundary::run(error, || {
             training! {
-                let device = match (device.device_type, usize::try_from(device.device_id)) {
-                    (LYCORE_DEVICE_CPU, _) => Device::Cpu,
-                    (LYCORE_DEVICE_CUDA, Ok(index)) => Device::Cuda(index),
-                    (kind, _) => {
-                        let message = format!("device type {kind} is neither LYCORE_DEVICE_CPU nor LYCORE_DEVICE_CUDA");
-                        return Err(Failure::boundary(LYCORE_BAD_ARGUMENT, message));
-                    }
-                };
+                let device = super::tensor::device(device, "device")?;
                 on_network(network, |n| {
                     let place = match device {
                         Device::Cpu => tch::Device::Cpu,

@@ -334,7 +334,8 @@ pub unsafe extern "C" fn lycore_stack_restore(
 }
 
 /// The bypass: adds to `y` what the adapters add to the output of the layer with weight `target`, at the strengths as they are set, without
-/// touching the weight. (If they are merged into it too, they count twice.) Linear: x [.., in], y [.., out], `geometry` NULL. Convolution: x [batch, in, spatial..], y [batch, out, spatial..].
+/// touching the weight. (If they are merged into it too, they count twice.) Linear: x [.., in], y [.., out], `geometry` NULL. Convolution:
+/// x [batch, in, spatial..], y [batch, out, spatial..].
 /// Both row-major, on the same device. `stream` as in apply.
 ///
 /// # Safety
@@ -363,7 +364,8 @@ pub unsafe extern "C" fn lycore_stack_forward(
 }
 
 /// The load report of adapter `id` as JSON: as lycore_adapter_report, with "matched" and "unmatched" in the summary, "target" in every
-/// module (null when it found none; "slice": {"axis", "start", "length"} when it is a part), and "nearest" beside unmatched keys. `json` becomes a text that the caller frees with lycore_text_free.
+/// module (null when it found none; "slice": {"axis", "start", "length"} when it is a part), and "nearest" beside unmatched keys. `json`
+/// becomes a text that the caller frees with lycore_text_free.
 ///
 /// # Safety
 /// `json` may be written. `error` is NULL or may be written.

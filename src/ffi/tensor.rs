@@ -110,16 +110,7 @@ pub(super) unsafe fn view(tensor: *const lycore_tensor, name: &'static str) -> O
         // SAFETY: the caller's promise: `ndim` strides.
         false => Some(unsafe { boundary::array(tensor.strides, tensor.ndim as u64, "strides")? }),
     };
-    let device = match (tensor.device.device_type, usize::try_from(tensor.device.device_id)) {
-        (LYCORE_DEVICE_CPU, _) => Device::Cpu,
-        (LYCORE_DEVICE_CUDA, Ok(index)) => Device::Cuda(index),
-        (kind, _) => {
-            return Err(bad(format!(
-                "device type {kind}, id {} is neither LYCORE_DEVICE_CPU nor LYCORE_DEVICE_CUDA",
-                tensor.device.device_id
-            )))
-        }
-    };
+    let device = device(tensor.device, name)?;
     let dtype = match (tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes) {
         (LYCORE_DTYPE_FLOAT, 32, 1) => Dtype::F32,
         (LYCORE_DTYPE_FLOAT, 16, 1) => Dtype::F16,
@@ -147,6 +138,21 @@ pub(super) unsafe fn view(tensor: *const lycore_tensor, name: &'static str) -> O
     // SAFETY: the caller's promise about the memory.
     let view = unsafe { View::from_raw(data, device, dtype, &shape, strides) };
     view.map_err(|e| bad(e.to_string()))
+}
+
+/// The device behind its numbers.
+pub(super) fn device(given: lycore_device, name: &str) -> Outcome<Device> {
+    match (given.device_type, usize::try_from(given.device_id)) {
+        (LYCORE_DEVICE_CPU, _) => Ok(Device::Cpu),
+        (LYCORE_DEVICE_CUDA, Ok(index)) => Ok(Device::Cuda(index)),
+        (kind, _) => {
+            let id = given.device_id;
+            let message = format!(
+                "`{name}`: device type {kind}, id {id} is neither LYCORE_DEVICE_CPU nor LYCORE_DEVICE_CUDA"
+            );
+            Err(Failure::boundary(LYCORE_BAD_ARGUMENT, message))
+        }
+    }
 }
 
 /// Sizes from the caller.

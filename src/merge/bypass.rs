@@ -186,11 +186,9 @@ pub fn forward(
     for term in terms.iter().filter(|t| t.strength != 0.0) {
         check_slice(name, &layout, term)?;
         let ready = cpu::prepare(name, weight, term)?;
-        let (up, down, scale) = match ready.low_rank() {
-            Some((up, down, scale)) => (Some(up.to_vec()), down.to_vec(), scale),
-            None => (None, on_pool(|| ready.delta(&weight_rows)), 1.0),
-        };
-        factors.push(Factors { up, down, scale, rows: ready.rows.clone() });
+        let rows = ready.rows.clone();
+        let (up, down, scale) = on_pool(|| ready.into_factors(&weight_rows));
+        factors.push(Factors { up, down, scale, rows });
     }
     on_pool(|| {
         if layout.kernel.is_empty() {

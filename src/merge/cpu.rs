@@ -141,21 +141,16 @@ pub(super) fn prepare(name: &str, shape: &[usize], term: &Term<'_>) -> Result<Re
 }
 
 impl Ready {
-    /// The two factors and their common scale, when the term is a product that a layer can apply one after the other.
-    pub(super) fn low_rank(&self) -> Option<(&[f32], &[f32], f32)> {
-        match &self.parts {
-            Parts::LowRank(pair) => Some((&pair.up, &pair.down, self.scale)),
-            _ => None,
+    /// The term as a layer applies it: `scale * up @ down` where it is such a product, else its whole delta in the place of `down`.
+    pub(super) fn into_factors(self, base: &Rows) -> (Option<Vec<f32>>, Vec<f32>, f32) {
+        if let Parts::LowRank(pair) = self.parts {
+            return (Some(pair.up), pair.down, self.scale);
         }
-    }
-
-    /// The term's whole delta, [rows, cols] of its region.
-    pub(super) fn delta(&self, base: &Rows) -> Vec<f32> {
         let (rows, cols) = (self.rows.len(), self.cols.len());
         let mut sum = vec![0f32; rows * cols];
         // A region of its own size: the columns begin at 0.
         self.add(&mut sum, cols, 0, self.rows.clone(), base);
-        sum
+        (None, sum, 1.0)
     }
 
     /// Adds the delta of `rows` (of the weight, all inside the region) to `sum`, whose rows are `stride` long; the region's columns begin

@@ -77,7 +77,7 @@ pub fn merge(
             to.f_copy_(&from)?;
             return Ok(());
         }
-        // A fresh matrix: `to` on another device or in another dtype copies by itself, else the clone does.
+        // A fresh matrix: another device or dtype makes a copy by itself, else `packed` does.
         let sum = from.f_to_device(tch::Device::Cuda(device))?.f_to_kind(Kind::Float)?;
         let fresh = sum.data_ptr() != from.data_ptr();
         let sum = if fresh { sum } else { packed(&sum, sum.device())? }.f_reshape([rows, -1])?;
@@ -115,14 +115,14 @@ fn delta(
     device: usize,
     factors: &mut Factors,
 ) -> Result<Torch> {
-    let product = |(up, down): &(Tensor, Tensor), factors: &mut Factors| {
+    let product = |up: &Tensor, down: &Tensor, factors: &mut Factors| {
         Ok::<_, Error>(factors.get(up, device)?.f_matmul(&factors.get(down, device)?)?)
     };
     let delta = match term.op {
-        Op::LowRank(op) => product(&(op.up.clone(), op.down.clone()), factors)?,
+        Op::LowRank(op) => product(&op.up, &op.down, factors)?,
         Op::Hadamard(op) => {
-            let [left, right] = &op.pairs;
-            product(left, factors)?.f_mul(&product(right, factors)?)?
+            let [(up1, down1), (up2, down2)] = &op.pairs;
+            product(up1, down1, factors)?.f_mul(&product(up2, down2, factors)?)?
         }
         Op::Kron(op) => factors.get(&op.w1, device)?.f_kron(&factors.get(&op.w2, device)?)?,
         Op::Dense(op) => factors.get(&op.diff, device)?,

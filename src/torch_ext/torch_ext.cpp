@@ -9,7 +9,10 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <memory>
+#include <mutex>
 #include <new>
+#include <optional>
 
 namespace {
 
@@ -19,16 +22,51 @@ char* text_of(const char* what) {
   return copy;
 }
 
+// Convolutions on a GPU ask a process-wide setting instead of NoTF32Guard, also in their backward on another thread. The first user switches TF32
+// off and the last one puts the host's setting back, so that calls on several threads cannot leave each other's value behind.
+class ExactConvolutions {
+ public:
+  ExactConvolutions() {
+    std::lock_guard<std::mutex> guard(lock);
+    if (users == 0) {
+      at::Context& context = at::globalContext();
+      cudnn = context.allowTF32CuDNN(at::Float32Op::CONV);
+      // The old setter changes the new, finer settings too.
+      convolution = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV);
+      recurrent = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN);
+      context.setAllowTF32CuDNN(false);
+    }
+    users++;
+  }
+
+  ~ExactConvolutions() {
+    std::lock_guard<std::mutex> guard(lock);
+    if (--users > 0) return;
+    try {
+      at::Context& context = at::globalContext();
+      context.setAllowTF32CuDNN(cudnn);
+      context.setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV, convolution);
+      context.setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN, recurrent);
+    } catch (...) {
+      // These values were the process's own a moment ago; there is nobody left to tell.
+    }
+  }
+
+  ExactConvolutions(const ExactConvolutions&) = delete;
+
+ private:
+  static inline std::mutex lock;
+  static inline int users = 0;
+  static inline bool cudnn = false;
+  static inline at::Float32Precision convolution = at::Float32Precision::NONE, recurrent = at::Float32Precision::NONE;
+};
+
 // What a scope changed in the calling thread's libtorch state.
 struct Scope {
   at::NoTF32Guard exact;
   // A host inside torch.autocast must not change the dtypes that this library computes in.
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-  // Convolutions ask the process-wide setting instead of the guard, also in their backward on another thread.
-  // The old setter changes the new, finer settings too, so these are put back as they were.
-  bool has_convolutions = false;
-  bool cudnn = false;
-  at::Float32Precision convolution = at::Float32Precision::NONE, recurrent = at::Float32Precision::NONE;
+  std::optional<ExactConvolutions> exact_convolutions;
   bool has_stream = false;
   c10::Stream previous{c10::Stream::DEFAULT, c10::Device(c10::DeviceType::CPU)};
 };
@@ -36,8 +74,6 @@ struct Scope {
 }  // namespace
 
 extern "C" {
-
-void lycore_ext_scope_close(void* opened);
 
 // An address inside libtorch's CPU half.
 void* lycore_ext_libtorch_address() { return reinterpret_cast<void*>(&at::globalContext); }
@@ -50,30 +86,18 @@ void lycore_ext_free_text(char* text) { delete[] text; }
 char* lycore_ext_scope_open(int device, void* stream, void** out) {
   *out = nullptr;
   try {
-    Scope* scope = new Scope();
-    if (device >= 0) {
-      at::Context& context = at::globalContext();
-      scope->cudnn = context.allowTF32CuDNN(at::Float32Op::CONV);
-      scope->convolution = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV);
-      scope->recurrent = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN);
-      context.setAllowTF32CuDNN(false);
-      scope->has_convolutions = true;
-    }
+    auto scope = std::make_unique<Scope>();
+    if (device >= 0) scope->exact_convolutions.emplace();
     if (device >= 0 && stream != nullptr) {
-      try {
-        c10::Device where(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
-        c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
-        // cudaStreamLegacy, the handle 1, is libtorch's default stream, whose id is 0.
-        intptr_t handle = reinterpret_cast<intptr_t>(stream);
-        c10::StreamId id = handle == 1 ? 0 : static_cast<c10::StreamId>(handle);
-        scope->previous = guard.exchangeStream(c10::Stream(c10::Stream::UNSAFE, where, id));
-        scope->has_stream = true;
-      } catch (...) {
-        lycore_ext_scope_close(scope);
-        throw;
-      }
+      c10::Device where(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device));
+      c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+      // cudaStreamLegacy, the handle 1, is libtorch's default stream, whose id is 0.
+      intptr_t handle = reinterpret_cast<intptr_t>(stream);
+      c10::StreamId id = handle == 1 ? 0 : static_cast<c10::StreamId>(handle);
+      scope->previous = guard.exchangeStream(c10::Stream(c10::Stream::UNSAFE, where, id));
+      scope->has_stream = true;
     }
-    *out = scope;
+    *out = scope.release();
     return nullptr;
   } catch (const std::exception& e) {
     return text_of(e.what());
@@ -85,12 +109,6 @@ char* lycore_ext_scope_open(int device, void* stream, void** out) {
 void lycore_ext_scope_close(void* opened) {
   Scope* scope = static_cast<Scope*>(opened);
   try {
-    if (scope->has_convolutions) {
-      at::Context& context = at::globalContext();
-      context.setAllowTF32CuDNN(scope->cudnn);
-      context.setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV, scope->convolution);
-      context.setFloat32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN, scope->recurrent);
-    }
     if (scope->has_stream) c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).exchangeStream(scope->previous);
   } catch (...) {
     // The stream belonged to the caller a moment ago; there is nobody left to tell.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 import torch
@@ -282,3 +283,32 @@ def test_training_a_convolution_is_exact_in_a_host_that_uses_tf32():
     for got, exact in pairs:
         # fp32 sums of up to 4608 products; TF32 would be off by 3e-4.
         assert ((got.double() - exact).norm() / exact.norm()).item() < 1e-5
+
+
+def test_calls_on_two_threads_leave_the_hosts_precision_as_it_was(make_lora):
+    """One call opens while another one is inside: the second must not take the first one's setting for the host's."""
+    stacks = []
+    for name in ("one", "two"):
+        stacks.append(lycore.Stack(weights_of(torch.float32)))
+        stacks[-1].add(make_lora(name, SHAPES).path, 1.0)
+    before = torch.backends.cudnn.conv.fp32_precision
+    inside, opened = threading.Event(), threading.Event()
+
+    def wait(done: int, total: int) -> bool:
+        inside.set()
+        # The other call ends last, so that it is the one that could leave its own idea of the setting behind.
+        assert opened.wait(10)
+        return True
+
+    def wait_for_the_first(done: int, total: int) -> bool:
+        opened.set()
+        if done == total:
+            first.join(10)
+        return True
+
+    first = threading.Thread(target=lambda: stacks[0].apply(progress=wait))
+    first.start()
+    assert inside.wait(10)
+    stacks[1].apply(progress=wait_for_the_first)
+    first.join()
+    assert torch.backends.cudnn.conv.fp32_precision == before
