@@ -354,7 +354,7 @@ const char *lycore_torch_version(void);
 lycore_status lycore_capabilities(char **json,
                                   struct lycore_error **error);
 
-// Opens a safetensors adapter. The file stays mapped until the adapter is freed and no stack uses it: replace it by renaming another
+// Opens an adapter: safetensors, or what torch.save writes (.pt, .ckpt, .bin) as far as it asks for nothing but tensors. The file stays mapped until the adapter is freed and no stack uses it: replace it by renaming another
 // over it, never by writing into it. For a PEFT file, `adapter_config.json` beside it gives the alphas.
 // A file in which no module can be used is LYCORE_FILE, LYCORE_KEY or LYCORE_UNSUPPORTED.
 //
@@ -373,8 +373,16 @@ lycore_status lycore_adapter_open_memory(const uint8_t *bytes,
                                          struct lycore_adapter **out,
                                          struct lycore_error **error);
 
-// The load report as JSON: {"file", "metadata": {text: text}, "summary": {"keys", "modules", "readable", "unsupported", "malformed"},
-// "modules": [{"module", "spelling", "algorithm", "rank", "alpha", "dtype", "bytes"}], "keys": [{"key", "status", "reason"?}]}.
+// The load report as JSON: {"file", "metadata": {text: text}, "facts", "summary": {"keys", "modules", "readable", "unsupported",
+// "malformed"}, "modules": [{"module", "spelling", "algorithm", "rank", "alpha", "dtype", "bytes"}], "keys": [{"key", "status", "reason"?}]}.
+// "facts" is what the metadata says, in one form for all trainers; every field may be missing: {"title", "author", "description",
+// "license", "usage_hint", "comment", "tags", "date", "tool": {"name", "evidence", "version"}, "base": {"version", "model", "model_hash",
+// "vae", "architecture", "implementation", "prediction_type"}, "trigger": {"phrases": [text], "classes": [{"word", "repeats", "images"}],
+// "tags": [{"tag", "count"}], "distinct_tags"}, "training": {"module", "args": {}, "dim", "alpha", "dropout", "optimizer", "learning_rate",
+// "unet_lr", "text_encoder_lr", "scheduler", "warmup_steps", "steps", "max_steps", "epoch", "epochs", "images", "reg_images", "batch_size",
+// "gradient_accumulation_steps", "resolution", "bucket_count", "buckets": [{"resolution", "images"}], "clip_skip", "noise_offset",
+// "min_snr_gamma", "mixed_precision", "seed", "loss_type", "seconds"}, "hashes": {"model", "legacy", "sha256"},
+// "thumbnail": {"bytes", "type"}, "unreadable": [{"key", "reason"}]}. Of each list the first 24.
 // `json` becomes a text that the caller frees with lycore_text_free.
 //
 // # Safety
@@ -382,6 +390,17 @@ lycore_status lycore_adapter_open_memory(const uint8_t *bytes,
 lycore_status lycore_adapter_report(const struct lycore_adapter *adapter,
                                     char **json,
                                     struct lycore_error **error);
+
+// A report as plain text of at most 100 columns (longer only where a path or a module's name is): what lycore_adapter_report,
+// lycore_stack_report or lycore_checkpoint_merge gave as JSON. Unless `all` is non-zero, lists end after ten entries and say how many more
+// there are. `text` becomes a text that the caller frees with lycore_text_free.
+//
+// # Safety
+// `json` is a NUL-terminated UTF-8 string. `text` may be written. `error` is NULL or may be written.
+lycore_status lycore_report_text(const char *json,
+                                 int32_t all,
+                                 char **text,
+                                 struct lycore_error **error);
 
 // The number of modules that can be used; 0 when `adapter` is not a live adapter.
 uint64_t lycore_adapter_module_count(const struct lycore_adapter *adapter);
@@ -415,6 +434,18 @@ lycore_status lycore_adapter_save(const struct lycore_adapter *adapter,
                                   const char *path,
                                   struct lycore_error **error);
 
+// A new adapter whose modules are cut to their first `rank` ranks (at least 1; modules of a lower rank stay whole), in `out`, freed with
+// lycore_adapter_free. For adapters trained so that every prefix works: DyLoRA (alpha stays, so the scale becomes alpha / rank, as the paper and
+// sd-scripts have it) and T-LoRA (the scale stays, as under its mask). LYCORE_UNSUPPORTED when no module has nested ranks; modules without them,
+// beside others, stay as they are.
+//
+// # Safety
+// `out` may be written. `error` is NULL or may be written.
+lycore_status lycore_adapter_prefix(const struct lycore_adapter *adapter,
+                                    uint64_t rank,
+                                    struct lycore_adapter **out,
+                                    struct lycore_error **error);
+
 // Frees the handle. NULL is accepted; a second free returns LYCORE_BAD_HANDLE and does nothing. Stacks that use the adapter keep it.
 lycore_status lycore_adapter_free(struct lycore_adapter *adapter);
 
@@ -425,7 +456,7 @@ lycore_status lycore_adapter_free(struct lycore_adapter *adapter);
 lycore_status lycore_stack_new(int32_t backup, struct lycore_stack **out, struct lycore_error **error);
 
 // Registers a weight: fp32, fp16 or bf16, any strides, [out, in] or [out, in / groups, kernel..], under the host's own name (with or
-// without ".weight"). All weights come before the first adapter. The memory must stay valid until the stack is freed; apply and restore
+// without ".weight"); or a layer's bias [out], under a name that ends in ".bias"; or a norm's weight [channels]. All weights come before the first adapter. The memory must stay valid until the stack is freed; apply and restore
 // write it, and from the first apply until restore its content is the stack's: what the host writes meanwhile is lost. The same memory can be
 // registered once; ranges that overlap in part, and two stacks on one weight, are the caller's to avoid.
 //
@@ -513,8 +544,9 @@ lycore_status lycore_stack_forward(struct lycore_stack *stack,
                                    struct lycore_error **error);
 
 // The load report of adapter `id` as JSON: as lycore_adapter_report, with "matched" and "unmatched" in the summary, "target" in every
-// module (null when it found none; "slice": {"axis", "start", "length"} when it is a part), and "nearest" beside unmatched keys. `json`
-// becomes a text that the caller frees with lycore_text_free.
+// module (null when it found none; a list when the model keeps apart what the module has in one; "slice": {"axis", "start", "length"} when it is
+// a part), "bias" with the target of the layer's bias where the module changes one, and "nearest" beside unmatched keys. `json` becomes a text
+// that the caller frees with lycore_text_free.
 //
 // # Safety
 // `json` may be written. `error` is NULL or may be written.
@@ -527,7 +559,8 @@ lycore_status lycore_stack_report(struct lycore_stack *stack,
 // second free returns LYCORE_BAD_HANDLE and does nothing.
 lycore_status lycore_stack_free(struct lycore_stack *stack);
 
-// Merges patches into one weight, in place, in one pass: for hosts that do their own bookkeeping of weights. `name` is used in errors.
+// Merges patches into one weight, in place, in one pass: for hosts that do their own bookkeeping of weights. `name` is used in errors; one that
+// ends in ".bias" says that the weight is a layer's bias, and the patches do to it what they do to a bias.
 // `stream` as in lycore_stack_apply. The patches' memory is not used after the call (on a GPU: after the enqueued work).
 //
 // # Safety

@@ -200,6 +200,18 @@ pub enum FileFault {
         /// The tensor.
         tensor: String,
     },
+    /// A file of `torch.save` that is damaged, or holds something else than tensors under names.
+    Pickle {
+        /// What is wrong.
+        why: String,
+    },
+    /// A pickle that asks for something that could run code.
+    PickledCode {
+        /// The function or class that it names.
+        global: String,
+        /// Offset of the request in the pickle.
+        at: usize,
+    },
     /// A readable file without a single adapter module.
     NoAdapter {
         /// How many keys it holds.
@@ -248,6 +260,11 @@ impl fmt::Display for FileFault {
             Gap { tensor, bytes } => write!(f, "{bytes} bytes before tensor `{tensor}` belong to no tensor"),
             TrailingBytes { bytes } => write!(f, "{bytes} bytes after the last tensor belong to no tensor"),
             PartialByte { tensor } => write!(f, "tensor `{tensor}`: its elements do not fill whole bytes"),
+            Pickle { why } => write!(f, "{why}"),
+            PickledCode { global, at } => {
+                write!(f, "asks for `{global}` (byte {at} of its pickle): refused, for a file that asks for more than ")?;
+                f.write_str("tensors, numbers and text could run code")
+            }
             NoAdapter { keys, example } => {
                 write!(f, "holds {keys} keys but no adapter module that this version knows (first key: `{example}`)")
             }
@@ -303,6 +320,10 @@ impl Error {
                 FileFault::NoAdapter { .. } => {
                     "is this a checkpoint? An adapter has keys like `….lora_up.weight`"
                 }
+                FileFault::Pickle { .. } => {
+                    "save it again with torch.save as a dict of tensors, or as safetensors"
+                }
+                FileFault::PickledCode { .. } => "convert it to safetensors with a program that you trust",
                 FileFault::WrongKind { .. } => "",
                 _ => "the file is damaged or incomplete: download or save it again",
             },

@@ -3,7 +3,7 @@
 //! The data goes one way. [`adapter`] turns the bytes of a file into modules: it proves the file consistent, reads every dialect's keys,
 //! and keeps a report of each. A module is one of [`algo`]'s algorithms, which knows its formula and lowers it to a few primitives.
 //! [`names`] finds the weight that a module means, whatever the host calls it. [`merge`] plans which primitives change which weight, runs
-//! them on the CPU or through libtorch, and can take everything back to the bit. `train` (with the feature `torch`) runs the same
+//! them on the CPU or through libtorch, and can take everything back to the bit; [`report`] says what became of every key. `train` (with the feature `torch`) runs the same
 //! algorithms the other way, from gradients to a file.
 //!
 //! Underneath: [`dtype`] (element types, rounding), [`view`] (borrowed memory, bounds proven when made), [`progress`] (how far, stop),
@@ -17,9 +17,11 @@ pub mod algo;
 pub mod dtype;
 pub mod error;
 pub mod ffi;
+mod linalg;
 pub mod merge;
 pub mod names;
 pub mod progress;
+pub mod report;
 #[cfg(feature = "torch")]
 pub mod torch_ext;
 #[cfg(feature = "torch")]

@@ -379,6 +379,13 @@ impl Tensor {
         Some(Tensor { view: View::of_bytes(bytes, dtype, shape)?, _keep: keep })
     }
 
+    /// A row-major tensor that owns its bytes. `None` when their number does not fit the shape.
+    pub fn of_vec(bytes: Vec<u8>, dtype: Dtype, shape: &[usize]) -> Option<Self> {
+        let keep = Arc::new(bytes);
+        let view = View::of_bytes(&keep, dtype, shape)?;
+        Some(Tensor { view, _keep: keep })
+    }
+
     /// A row-major f32 tensor that owns its values.
     pub fn of_f32(values: Vec<f32>, shape: &[usize]) -> Self {
         assert_eq!(Some(values.len()), dtype::element_count(shape));
@@ -401,6 +408,21 @@ impl Tensor {
             tensor.view.strides = row_major(shape);
             tensor
         })
+    }
+
+    /// Some of the rows (entries of the first axis) of a row-major tensor, sharing its memory.
+    pub fn rows(&self, rows: std::ops::Range<usize>) -> Option<Self> {
+        let (&count, inner) = self.view.shape.split_first()?;
+        if !self.view.is_contiguous() || rows.start > rows.end || rows.end > count {
+            return None;
+        }
+        let offset = dtype::byte_len(self.view.dtype, &[&[rows.start], inner].concat())?;
+        let mut tensor = self.clone();
+        tensor.view.shape[0] = rows.len();
+        tensor.view.strides = row_major(&tensor.view.shape);
+        // SAFETY: at most one past the end of a row-major tensor, and past it only with no rows left.
+        tensor.view.data = unsafe { self.view.data.add(offset) };
+        Some(tensor)
     }
 
     /// The view itself.
@@ -448,6 +470,16 @@ mod tests {
         // SAFETY: one thread.
         unsafe { (0..3).for_each(|i| rows.write(i, &[1., 2.])) };
         assert_eq!(stored, [1., 2., 9., 9., 1., 2., 9., 9., 1., 2., 9., 9.]);
+    }
+
+    #[test]
+    fn rows_of_a_tensor_share_its_memory() {
+        let tensor = Tensor::of_f32((0..12).map(|i| i as f32).collect(), &[4, 3]);
+        let rows = tensor.rows(1..3).unwrap();
+        assert_eq!(rows.shape(), [2, 3]);
+        assert_eq!(rows.to_f32("t").unwrap(), [3., 4., 5., 6., 7., 8.]);
+        assert_eq!(tensor.rows(4..4).unwrap().count(), 0);
+        assert!(tensor.rows(2..5).is_none());
     }
 
     #[test]

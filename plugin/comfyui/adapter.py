@@ -26,6 +26,8 @@ Patch = tuple[float, dict[str, Any], Slice | None]
 """The same as `lycore.weight_merge` takes it."""
 Function = Callable[[torch.Tensor], torch.Tensor]
 
+_PLAIN = frozenset({"lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "scalar", "diff", "diff_b"})
+"""Tensors whose modules change a weight without looking at it."""
 _NATIVE = (torch.float32, torch.float16, torch.bfloat16)
 _unreachable: dict[torch.device, str] = {}
 
@@ -75,9 +77,10 @@ class LyCoreAdapter(WeightAdapterBase):
         if _is_identity(function):
             merge(weight, key, patches)
         else:
-            # The host's function takes a delta. (IA)^3's depends on the weight; a sum of the others begins at zero.
+            # The host's function takes a delta. A sum begins at zero unless it depends on the weight.
             base = weight.float()
-            start = base if any("on_input" in tensors for _, tensors, _ in patches) else torch.zeros_like(base)
+            plain = all(tensors.keys() <= _PLAIN for _, tensors, _ in patches)
+            start = torch.zeros_like(base) if plain else base
             delta = start.clone()
             merge(delta, key, patches)
             weight.copy_(base + function(delta - start))
@@ -165,7 +168,7 @@ def _factors(
     tensors: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """up [out, r], down [r, in, kernel..] and alpha / rank of a LoRA. A Tucker core is folded into down."""
-    if "lora_up.weight" not in tensors:
+    if not tensors.keys() <= _PLAIN or "lora_up.weight" not in tensors or "scalar" in tensors:
         raise NotImplementedError(f"A bypass of {sorted(tensors)} is not supported; load the LoRA without bypass.")
     up, down = (tensors[name].to(device, dtype) for name in ("lora_up.weight", "lora_down.weight"))
     rank = down.shape[0]

@@ -125,17 +125,27 @@ class Reader:
         report = handle.report()
         handle.remove()
         modules = {module.name: module for module in adapter.modules}
-        found = {entry["module"]: entry["target"] for entry in report["modules"]}
-        terms = tuple(self._term(modules[name], target) for name, target in found.items() if target is not None)
-        homeless = [name for name, target in found.items() if target is None]
+        terms: list[Term] = []
+        homeless, scattered = [], []
+        for entry in report["modules"]:
+            if isinstance(entry["target"], list):
+                scattered.append(entry["module"])
+                continue
+            terms += self._terms(modules[entry["module"]], entry)
+            if entry["target"] is None and "bias" not in entry:
+                homeless.append(entry["module"])
         left_out = 0 if with_encoders else sum(map(is_text_encoder, homeless))
         problems = _problems(report, with_encoders)
+        if scattered:
+            first, *others = scattered
+            more = f" and {len(others)} more" if others else ""
+            problems += (f"unsupported: {first}{more} (its parts go to several weights of this model)",)
         misfit = None
         if any(not is_text_encoder(name) for name in homeless) and all(
             term.place.key in self._targets.clip_keys for term in terms
         ):
             misfit = self._misfit(report, f"only text encoder modules match; {problems[0]}")
-        return Matched(checksum, terms, report, problems, left_out, misfit)
+        return Matched(checksum, tuple(terms), report, problems, left_out, misfit)
 
     def _misfit(self, report: dict[str, Any], why: str) -> str:
         metadata = report.get("metadata") or {}
@@ -143,13 +153,19 @@ class Reader:
         made_for = f"made for {base}, " if base else ""
         return f"{made_for}it does not fit the model {self._targets.model_name}: {why}"
 
-    def _term(self, module: Any, target: str) -> Term:
+    def _terms(self, module: Any, entry: dict[str, Any]) -> list[Term]:
+        """What a module does to its weight and to its bias."""
         # Tensors made under inference mode could not take part in a later training of this model.
         with torch.inference_mode(False):
             tensors = [(name, tensor.torch()) for name, tensor in module.tensors.items() if name != "alpha"]
         # The module's number, not the tensor: PEFT keeps it in the config.
         tensors.append(("alpha", float(module.alpha)))
-        return Term(module.name, self._targets.place(module.name, target), tuple(tensors))
+        places = []
+        if entry["target"] is not None:
+            places.append(self._targets.place(module.name, entry["target"], entry.get("slice")))
+        if "bias" in entry:
+            places.append(Place(entry["bias"]))
+        return [Term(module.name, place, tuple(tensors)) for place in places]
 
 
 def _problems(report: dict[str, Any], with_encoders: bool) -> tuple[str, ...]:

@@ -80,13 +80,13 @@ class Targets:
         aliases = {s: (p.key, *p.slice) if p.slice else p.key for s, p in self._places.items()}
         return lycore.Stack(weights, aliases=aliases)
 
-    def place(self, module: str, target: str) -> Place:
-        """Where on `target`, the weight that LyCore found for it, a module goes."""
+    def place(self, module: str, target: str, part: Mapping[str, int] | None) -> Place:
+        """Where on `target`, the weight that LyCore found for it, a module goes; `part` is the slice of LyCore's report."""
         for table, name in ((self._places, module), (self._flat, module.replace(".", "_"))):
             place = table.get(name)
             if place is not None and place.key == target:
                 return place
-        return Place(target)
+        return Place(target, (part["axis"], part["start"], part["length"]) if part else None)
 
 
 def is_text_encoder(module: str) -> bool:
@@ -95,7 +95,7 @@ def is_text_encoder(module: str) -> bool:
 
 
 def _shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(weight.shape) for key, weight in module.state_dict().items() if weight.ndim >= 2}
+    return {key: tuple(weight.shape) for key, weight in module.state_dict().items() if weight.ndim >= 1}
 
 
 def _key_map(function: Callable[..., Mapping[str, Any]], module: Any) -> dict[str, Place]:

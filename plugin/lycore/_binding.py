@@ -203,6 +203,8 @@ def declare(library: CDLL) -> None:
     library.lycore_adapter_open_memory.argtypes = [POINTER(c_uint8), c_uint64, POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_adapter_report.restype = c_int32
     library.lycore_adapter_report.argtypes = [c_void_p, POINTER(c_void_p), POINTER(c_void_p)]
+    library.lycore_report_text.restype = c_int32
+    library.lycore_report_text.argtypes = [c_char_p, c_int32, POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_adapter_module_count.restype = c_uint64
     library.lycore_adapter_module_count.argtypes = [c_void_p]
     library.lycore_adapter_module.restype = c_int32
@@ -218,6 +220,8 @@ def declare(library: CDLL) -> None:
     ]
     library.lycore_adapter_save.restype = c_int32
     library.lycore_adapter_save.argtypes = [c_void_p, c_char_p, POINTER(c_void_p)]
+    library.lycore_adapter_prefix.restype = c_int32
+    library.lycore_adapter_prefix.argtypes = [c_void_p, c_uint64, POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_adapter_free.restype = c_int32
     library.lycore_adapter_free.argtypes = [c_void_p]
     library.lycore_stack_new.restype = c_int32

@@ -119,6 +119,19 @@ class Adapter:
         owner = self._handle()
         return json.loads(owner.library.text("lycore_adapter_report", owner))
 
+    def prefix(self, rank: int) -> Adapter:
+        """A new adapter whose modules are cut to their first `rank` ranks, for files trained so that every prefix works.
+
+        DyLoRA (alpha stays, so the scale becomes alpha / rank) and T-LoRA (the scale stays, as under its mask).
+        UnsupportedError when no module has ranks that can be cut.
+        """
+        owner = self._handle()
+        cut = Adapter.__new__(Adapter)
+        cut.path = None
+        cut._owner = owner.library.new("lycore_adapter_prefix", "lycore_adapter_free", owner, rank)
+        cut._modules = None
+        return cut
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the modules to a safetensors file in the spelling that they were read in; whole or not at all."""
         owner = self._handle()
@@ -156,13 +169,22 @@ class Adapter:
 
 
 def open_adapter(source: str | os.PathLike[str] | bytes | bytearray | memoryview) -> Adapter:
-    """Opens a safetensors adapter from a path, or from the bytes of a file, which are copied.
+    """Opens an adapter from a path, or from the bytes of a file, which are copied: safetensors, or what torch.save
+    writes (.pt, .ckpt, .bin) as far as it asks for nothing but tensors.
 
     For a PEFT file, `adapter_config.json` beside it gives the alphas. Raises FileError, AdapterKeyError or
     UnsupportedError for a file in which no module can be used; modules that cannot be used beside others that can are
     in the report.
     """
     return Adapter(source)
+
+
+def report_text(report: Mapping[str, Any], *, all: bool = False) -> str:
+    """A report of an adapter, a stack or a merge as plain text of at most 100 columns.
+
+    Lists end after ten entries unless `all`.
+    """
+    return load().text("lycore_report_text", json.dumps(report).encode(), int(all))
 
 
 def encoded_path(path: str | bytes) -> bytes:

@@ -10,7 +10,6 @@ import re
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
@@ -40,9 +39,11 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON on stdout")
+    lists = argparse.ArgumentParser(add_help=False)
+    lists.add_argument("--all", action="store_true", help="do not cut long lists")
 
-    info = commands.add_parser("info", parents=[as_json], help="what an adapter file holds")
-    info.add_argument("file", metavar="FILE", help="a safetensors adapter")
+    info = commands.add_parser("info", parents=[as_json, lists], help="what an adapter file holds")
+    info.add_argument("file", metavar="FILE", help="an adapter: safetensors, .pt or .ckpt")
     info.set_defaults(run=run_info)
 
     doctor = commands.add_parser("doctor", parents=[as_json], help="what works on this machine, and why not")
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
     merge = commands.add_parser(
         "merge",
-        parents=[as_json],
+        parents=[as_json, lists],
         help="merge adapters into a checkpoint",
         description="Merges adapters into a safetensors checkpoint. The output appears whole or not at all.",
     )
@@ -76,44 +77,16 @@ def run_info(arguments: argparse.Namespace) -> int:
 
     with Adapter(arguments.file) as adapter:
         report = adapter.report()
-    print(json.dumps(report, ensure_ascii=False, indent=2) if arguments.json else info_text(report))
+    print_report(report, arguments)
     return 0
 
 
-def info_text(report: dict[str, Any]) -> str:
-    """An adapter's report for people: a summary, then only what needs attention."""
-    modules, metadata, summary = report["modules"], report["metadata"], report["summary"]
-    counts = [f"{summary['modules']} modules", f"{summary['keys']} keys"]
-    counts += [f"{summary[s]} {s}" for s in ("unsupported", "malformed") if summary.get(s)]
+def print_report(report: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """A report as JSON or for people, as the arguments say."""
+    from .adapter import report_text
 
-    def all_of(field: str) -> str:
-        found = Counter(module[field] for module in modules if module[field] is not None)
-        text = [f"{v:g}" if isinstance(v, float) else str(v) for v, _ in found.most_common(5)]
-        return ", ".join(text) + (", .." if len(found) > 5 else "") or "none"
-
-    rows = [
-        ("file", report["file"]),
-        ("content", ", ".join(counts)),
-        ("algorithm", all_of("algorithm")),
-        ("rank", all_of("rank")),
-        ("alpha", all_of("alpha")),
-        ("dtype", all_of("dtype")),
-        ("spelling", all_of("spelling")),
-        ("size", size_text(sum(module["bytes"] for module in modules))),
-    ]
-    for name, keys in (
-        ("title", ("modelspec.title", "ss_output_name")),
-        ("base", ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")),
-        ("trigger", ("modelspec.trigger_phrase",)),
-    ):
-        value = next((metadata[key] for key in keys if metadata.get(key)), None)
-        if value:
-            rows.append((name, value))
-    lines = [f"{name:<10} {value}" for name, value in rows]
-    for key in report["keys"]:
-        if key["status"] not in ("readable", "matched"):
-            lines.append(f"{key['status']}: {key['key']}" + (f": {key['reason']}" if key.get("reason") else ""))
-    return "\n".join(lines)
+    text = json.dumps(report, ensure_ascii=False, indent=2)
+    print(text if arguments.json else report_text(report, all=arguments.all).rstrip("\n"))
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
@@ -143,26 +116,8 @@ def run_merge(arguments: argparse.Namespace) -> int:
             progress=bar.show,
             cancel=cancel,
         )
-    print(json.dumps(report, ensure_ascii=False, indent=2) if arguments.json else merge_text(report))
+    print_report(report, arguments)
     return 0
-
-
-def merge_text(report: dict[str, Any]) -> str:
-    """A merge's report for people."""
-    tensors = report["tensors"]
-    lines = [
-        f"{report['output']}: {tensors['changed']} tensors changed, {tensors['copied']} copied, "
-        f"{size_text(report['bytes'])}"
-    ]
-    for adapter in report["adapters"]:
-        summary = adapter["summary"]
-        state = [f"{summary[s]} {s}" for s in ("matched", "unmatched", "unsupported", "malformed") if summary.get(s)]
-        lines.append(f"  {adapter['file']}: {', '.join(state)} of {summary['keys']} keys")
-        for key in adapter["keys"]:
-            if key["status"] not in ("readable", "matched"):
-                detail = key.get("reason") or (f"nearest: {key['nearest']}" if key.get("nearest") else "")
-                lines.append(f"    {key['status']}: {key['key']}" + (f" ({detail})" if detail else ""))
-    return "\n".join(lines)
 
 
 def size_text(count: float) -> str:

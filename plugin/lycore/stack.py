@@ -100,8 +100,7 @@ class Stack(Closable):
 
     `weights` are [out, in] or [out, in / groups, kernel..], under the host's own names: a mapping of names to torch
     tensors (CPU or CUDA; float32, float16, bfloat16) or writable numpy arrays, or a torch.nn.Module, of which every
-    floating-point parameter with two axes or more that is named `weight` or `in_proj_weight` is taken. Their memory
-    is used in place and kept alive; do not move a model while a stack is on it. `backup` says where the pristine
+    floating-point parameter is taken, biases and norms too. Their memory is used in place and kept alive; do not move a model while a stack is on it. `backup` says where the pristine
     copies are kept: on the weights' "device" or on the "host". `aliases` maps spellings of adapter files to a
     weight's name, or to (name, axis, start, length) for a part of it, and wins over the built-in rules.
 
@@ -295,8 +294,7 @@ def _named(weights: Mapping[str, Any] | Any) -> Iterator[tuple[str, Any]]:
         yield from weights.items()
     elif hasattr(weights, "named_parameters"):
         for name, parameter in weights.named_parameters():
-            last = name.rsplit(".", 1)[-1]
-            if parameter.ndim >= 2 and parameter.is_floating_point() and last in ("weight", "in_proj_weight"):
+            if parameter.ndim >= 1 and parameter.is_floating_point():
                 yield name, parameter
     else:
         raise ArgumentError(
@@ -305,6 +303,6 @@ def _named(weights: Mapping[str, Any] | Any) -> Iterator[tuple[str, Any]]:
 
 
 def _patch_tensor(key: str, value: Any, name: str) -> Descriptor:
-    if key in ("alpha", "on_input"):
+    if key in ("alpha", "on_input", "scalar"):
         return Descriptor.number(float(value))
     return Descriptor(row_major(value), f"{name}: {key}")

@@ -1,11 +1,11 @@
-//! What stands beside the tensors: PEFT's configuration, which holds the alphas that its files lack.
+//! What stands beside the tensors: PEFT's configuration, which holds what its files lack (alphas, the kind of a rotation).
 
 use crate::error::{Error, FileFault, Result};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// The numbers of a PEFT `adapter_config.json` (or of diffusers' `lora_adapter_metadata`) that decide the scale.
+/// A PEFT `adapter_config.json` (or diffusers' `lora_adapter_metadata`).
 #[derive(Debug)]
 pub struct PeftConfig {
     parts: Vec<Part>,
@@ -15,8 +15,10 @@ pub struct PeftConfig {
 #[derive(Debug)]
 struct Part {
     prefix: String,
-    alpha: f64,
-    rank: f64,
+    /// Its fields, without the prefix.
+    fields: Map<String, Value>,
+    /// Alpha and rank, of the methods that have them.
+    scale: Option<(f64, f64)>,
     alphas: Vec<(regex_lite::Regex, f64)>,
     ranks: Vec<(regex_lite::Regex, f64)>,
     rank_stabilised: bool,
@@ -26,7 +28,7 @@ struct Part {
 const LIMIT: u64 = 16 << 20;
 
 impl PeftConfig {
-    /// Reads `adapter_config.json` in the folder of `path`, if there is one that describes a LoRA.
+    /// Reads `adapter_config.json` in the folder of `path`, if there is one.
     pub fn beside(path: &Path) -> Result<Option<Self>> {
         let config = path.with_file_name("adapter_config.json");
         let fault = |fault| Error::File { path: config.clone(), fault };
@@ -54,29 +56,73 @@ impl PeftConfig {
             serde_json::from_str(text).map_err(|e| bad(format!("lora_adapter_metadata is not JSON: {e}")))?;
         let Some(map) = json.as_object() else { return Ok(None) };
         let mut parts = Vec::new();
-        for name in map.keys().filter_map(|key| key.strip_suffix("lora_alpha")) {
-            parts.extend(Part::read(name, &json).map_err(bad)?);
+        for prefix in
+            map.keys().filter_map(|key| key.strip_suffix("peft_type").or(key.strip_suffix("lora_alpha")))
+        {
+            if !parts.iter().any(|p: &Part| p.prefix == prefix) {
+                parts.extend(Part::read(prefix, &json).map_err(bad)?);
+            }
         }
         Ok((!parts.is_empty()).then_some(PeftConfig { parts }))
     }
 
-    /// The alpha of a module such that alpha / rank is the scale that PEFT uses.
-    pub fn alpha(&self, module: &str) -> Option<f32> {
-        let part = self.parts.iter().find(|p| module.starts_with(&p.prefix))?;
+    fn part(&self, module: &str) -> Option<&Part> {
+        self.parts.iter().find(|p| module.starts_with(&p.prefix))
+    }
+
+    /// A field of the configuration that a module was trained under.
+    pub fn field(&self, module: &str, name: &str) -> Option<&Value> {
+        self.part(module)?.fields.get(name).filter(|v| !v.is_null())
+    }
+
+    /// Alpha and rank of a module, as its patterns pick them.
+    fn numbers(&self, module: &str) -> Option<(f64, f64, bool)> {
+        let part = self.part(module)?;
+        let (alpha, rank) = part.scale?;
         let pick = |table: &[(regex_lite::Regex, f64)], default| {
             table.iter().find(|(pattern, _)| pattern.is_match(module)).map_or(default, |(_, v)| *v)
         };
-        let (alpha, rank) = (pick(&part.alphas, part.alpha), pick(&part.ranks, part.rank));
+        Some((pick(&part.alphas, alpha), pick(&part.ranks, rank), part.rank_stabilised))
+    }
+
+    /// The alpha of a module such that alpha / rank is the scale that PEFT uses.
+    pub fn alpha(&self, module: &str) -> Option<f32> {
+        let (alpha, rank, stabilised) = self.numbers(module)?;
         // Rank-stabilised LoRA scales by alpha / sqrt(rank): arXiv:2312.03732.
-        Some(if part.rank_stabilised { alpha * rank.sqrt() } else { alpha } as f32)
+        Some(if stabilised { alpha * rank.sqrt() } else { alpha } as f32)
+    }
+
+    /// The scale itself, for modules whose tensors have no rank.
+    pub fn scale(&self, module: &str) -> Option<f64> {
+        let (alpha, rank, stabilised) = self.numbers(module)?;
+        (rank > 0.0).then(|| alpha / if stabilised { rank.sqrt() } else { rank })
+    }
+
+    /// Whether the module scales its layer's input: (IA)^3's `feedforward_modules`, a pattern for the whole name or a list of endings.
+    pub fn is_feedforward(&self, module: &str) -> Option<bool> {
+        match self.field(module, "feedforward_modules")? {
+            Value::String(pattern) => {
+                Some(regex_lite::Regex::new(&format!("^(?:{pattern})$")).ok()?.is_match(module))
+            }
+            Value::Array(names) => {
+                Some(names.iter().filter_map(Value::as_str).any(|name| module.ends_with(name)))
+            }
+            _ => None,
+        }
     }
 }
 
 impl Part {
-    /// `Ok(None)` when the configuration is of something that has no alpha.
+    /// `Ok(None)` when the configuration is of something that is no adapter.
     fn read(prefix: &str, json: &Value) -> Result<Option<Self>, String> {
-        let field = |name: &str| json.get(format!("{prefix}{name}")).filter(|v| !v.is_null());
-        let (Some(alpha), Some(rank)) = (field("lora_alpha"), field("r")) else { return Ok(None) };
+        let own = json.as_object().into_iter().flatten();
+        let own = own.filter_map(|(k, v)| Some((k.strip_prefix(prefix)?.to_owned(), v.clone())));
+        let fields: Map<String, Value> = own.collect();
+        let field = |name: &str| fields.get(name).filter(|v| !v.is_null());
+        let alpha = ["lora_alpha", "alpha"].into_iter().find_map(|name| Some((name, field(name)?)));
+        if alpha.is_none() && field("peft_type").is_none() {
+            return Ok(None);
+        }
         let number = |name: &str, v: &Value| {
             v.as_f64()
                 .filter(|n| n.is_finite())
@@ -93,14 +139,13 @@ impl Part {
             };
             table.iter().map(entry).collect()
         };
-        Ok(Some(Part {
-            prefix: prefix.to_owned(),
-            alpha: number("lora_alpha", alpha)?,
-            rank: number("r", rank)?,
-            alphas: patterns("alpha_pattern")?,
-            ranks: patterns("rank_pattern")?,
-            rank_stabilised: field("use_rslora").and_then(Value::as_bool).unwrap_or(false),
-        }))
+        let scale = match (alpha, field("r")) {
+            (Some((name, alpha)), Some(rank)) => Some((number(name, alpha)?, number("r", rank)?)),
+            _ => None,
+        };
+        let (alphas, ranks) = (patterns("alpha_pattern")?, patterns("rank_pattern")?);
+        let rank_stabilised = field("use_rslora").and_then(Value::as_bool).unwrap_or(false);
+        Ok(Some(Part { prefix: prefix.to_owned(), scale, alphas, ranks, rank_stabilised, fields }))
     }
 }
 

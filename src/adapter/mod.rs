@@ -3,14 +3,14 @@
 pub mod atomic;
 pub mod keys;
 pub mod metadata;
-pub mod report;
+pub mod pickle;
 pub mod safetensors;
 
 use crate::algo::{self, Algorithm, Group};
 use crate::error::{Error, FileFault, Result};
 use crate::view::Tensor;
-use report::{KeyState, KeyStatus};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Adapter {
     path: PathBuf,
-    metadata: std::collections::BTreeMap<String, String>,
+    metadata: BTreeMap<String, String>,
     modules: Vec<Module>,
     keys: Vec<KeyState>,
 }
@@ -31,38 +31,103 @@ pub struct Module {
     /// The spelling.
     pub dialect: keys::Dialect,
     /// What it does.
-    pub algorithm: Box<dyn Algorithm>,
+    pub algorithm: Arc<dyn Algorithm>,
+}
+
+/// One key of the file.
+#[derive(Clone, Debug)]
+pub struct KeyState {
+    /// As the file spells it.
+    pub key: String,
+    /// The module that it belongs to, if its suffix is known.
+    pub module: Option<String>,
+    /// What became of it when the file was read.
+    pub status: KeyStatus,
+}
+
+/// What became of a key when the file was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyStatus {
+    /// Its module can be applied.
+    Readable,
+    /// This version does not know it; the reason.
+    Unsupported(String),
+    /// It contradicts itself or its neighbours; the reason.
+    Malformed(String),
+}
+
+/// What a file holds, whatever its format.
+struct Content {
+    tensors: Vec<(String, Tensor)>,
+    metadata: BTreeMap<String, String>,
+}
+
+impl From<safetensors::File> for Content {
+    fn from(file: safetensors::File) -> Self {
+        let shared: Arc<safetensors::File> = Arc::new(file.clone());
+        let tensor = |entry: &safetensors::Entry| {
+            // SAFETY: the bytes live as long as the file, which `shared` keeps.
+            let tensor =
+                unsafe { Tensor::of_bytes(file.bytes(entry), entry.dtype, &entry.shape, shared.clone()) };
+            Some((entry.name.clone(), tensor?))
+        };
+        Content {
+            tensors: file.entries().iter().filter_map(tensor).collect(),
+            metadata: file.metadata().clone(),
+        }
+    }
+}
+
+impl From<pickle::Pickled> for Content {
+    fn from(pickled: pickle::Pickled) -> Self {
+        Content { tensors: pickled.tensors, metadata: pickled.metadata }
+    }
 }
 
 impl Adapter {
-    /// Opens and reads a safetensors adapter. `adapter_config.json` in the same folder is read for PEFT files, which keep alpha there.
+    /// Opens and reads an adapter: safetensors, or what torch.save writes (`.pt`, `.ckpt`, `.bin`) as far as it holds no code.
+    /// `adapter_config.json` in the same folder is read for PEFT files, which keep alpha there.
     pub fn open(path: &Path) -> Result<Arc<Self>> {
-        Self::read(safetensors::File::open(path)?, Some(path))
+        let mut head = [0u8; 24];
+        let count = std::fs::File::open(path).and_then(|mut file| file.read(&mut head));
+        let count = count.map_err(|e| Error::io(path, e))?;
+        if pickle::is_pickle(&head[..count]) {
+            return Self::read(path.to_owned(), pickle::open(path)?.into(), Some(path));
+        }
+        Self::read(path.to_owned(), safetensors::File::open(path)?.into(), Some(path))
     }
 
-    /// Reads an adapter from the bytes of a safetensors file.
+    /// Reads an adapter from the bytes of such a file.
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Arc<Self>> {
-        Self::read(safetensors::File::from_bytes(bytes)?, None)
+        let content = match pickle::is_pickle(&bytes) {
+            true => pickle::from_bytes(bytes)?.into(),
+            false => safetensors::File::from_bytes(bytes)?.into(),
+        };
+        Self::read("<memory>".into(), content, None)
     }
 
-    fn read(file: safetensors::File, path: Option<&Path>) -> Result<Arc<Self>> {
-        let shared: Arc<safetensors::File> = Arc::new(file.clone());
-        let mut keys: Vec<KeyState> = Vec::with_capacity(file.entries().len());
+    fn read(path: PathBuf, content: Content, beside: Option<&Path>) -> Result<Arc<Self>> {
+        let Content { tensors, metadata } = content;
+        let control = keys::is_control(tensors.iter().map(|(key, _)| key.as_str()));
+        let mut keys: Vec<KeyState> = Vec::with_capacity(tensors.len());
         let mut order: Vec<(String, keys::Dialect, Group, Vec<usize>)> = Vec::new();
         let mut seen: HashMap<String, usize> = HashMap::new();
-        for entry in file.entries() {
+        // Tensors that stand once in a file for all modules.
+        let mut projections: Vec<(&'static str, Tensor)> = Vec::new();
+        for (key, tensor) in tensors {
             let index = keys.len();
-            let split = keys::split(&entry.name);
+            let split = keys::split(&key).or_else(|| control.then(|| keys::split_control(&key)).flatten());
             let module = split.as_ref().map(|s| s.module.clone());
-            keys.push(KeyState { key: entry.name.clone(), module, status: KeyStatus::Readable });
+            keys.push(KeyState { key, module, status: KeyStatus::Readable });
             let Some(split) = split else {
                 keys[index].status = KeyStatus::Unsupported("no suffix that this version knows".into());
                 continue;
             };
-            // SAFETY: the bytes live as long as the file, which `shared` keeps.
-            let tensor =
-                unsafe { Tensor::of_bytes(file.bytes(entry), entry.dtype, &entry.shape, shared.clone()) };
-            let Some(tensor) = tensor else { continue };
+            if split.module.is_empty() {
+                keys[index].module = None;
+                projections.push((split.slot, tensor));
+                continue;
+            }
             let at = *seen.entry(split.module.clone()).or_insert_with(|| {
                 order.push((split.module.clone(), split.dialect, Group::default(), Vec::new()));
                 order.len() - 1
@@ -85,19 +150,26 @@ impl Adapter {
         let lacks_alpha =
             |dialect, group: &Group| dialect == keys::Dialect::Peft && group.get("alpha").is_none();
         let config = match order.iter().any(|(_, dialect, group, _)| lacks_alpha(*dialect, group)) {
-            true => match (metadata::PeftConfig::inside(file.path(), file.metadata())?, path) {
+            true => match (metadata::PeftConfig::inside(&path, &metadata)?, beside) {
                 (None, Some(path)) => metadata::PeftConfig::beside(path)?,
                 (inside, _) => inside,
             },
             false => None,
         };
+        let config = config.map(Arc::new);
         let mut modules = Vec::with_capacity(order.len());
         for (name, dialect, mut group, members) in order {
             if lacks_alpha(dialect, &group) {
-                group.alpha = config.as_ref().and_then(|c| c.alpha(&name));
+                group.config.clone_from(&config);
             }
-            match algo::read(&name, &group) {
-                Ok(algorithm) => modules.push(Module { name, dialect, algorithm }),
+            for (slot, tensor) in &projections {
+                if algo::shares(&group, slot) {
+                    group.tensors.push((slot, tensor.clone()));
+                }
+            }
+            group.grows = control;
+            match algo::read(&name, group) {
+                Ok(algorithm) => modules.push(Module { name, dialect, algorithm: algorithm.into() }),
                 Err(error) => {
                     let status = match &error {
                         Error::Unsupported { .. } => KeyStatus::Unsupported(error.to_string()),
@@ -108,26 +180,54 @@ impl Adapter {
             }
         }
         if modules.is_empty() {
-            return Err(nothing_readable(&file, &keys));
+            return Err(nothing_readable(path, &keys));
         }
-        let (path, metadata) = (file.path().to_owned(), file.metadata().clone());
+        Ok(Arc::new(Adapter { path, metadata, modules, keys }))
+    }
+
+    /// The adapter cut to its first `rank` ranks; an error when no module has nested ranks.
+    pub fn prefix(&self, rank: usize) -> Result<Arc<Self>> {
+        if rank == 0 {
+            return Err(Error::argument("a prefix of 0 ranks", "the rank is at least 1"));
+        }
+        let mut nested = false;
+        let mut modules = Vec::with_capacity(self.modules.len());
+        for Module { name, dialect, algorithm } in &self.modules {
+            let cut = algorithm.prefix(name, rank);
+            nested |= cut.is_some();
+            let algorithm = match cut {
+                Some(cut) => Arc::from(cut?),
+                None => algorithm.clone(),
+            };
+            modules.push(Module { name: name.clone(), dialect: *dialect, algorithm });
+        }
+        if !nested {
+            return Err(Error::Unsupported {
+                what: format!("{}: no module has ranks that can be cut", self.path.display()),
+                hint: "LoRA, DyLoRA and T-LoRA have".into(),
+            });
+        }
+        let (path, metadata, keys) = (self.path.clone(), self.metadata.clone(), self.keys.clone());
         Ok(Arc::new(Adapter { path, metadata, modules, keys }))
     }
 
     /// Writes the modules to a safetensors file, in the spelling that they were read in.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let mut tensors = Vec::new();
+        let (mut tensors, mut written) = (Vec::new(), HashSet::new());
         for module in &self.modules {
             for (slot, tensor) in module.algorithm.tensors() {
-                let key =
-                    keys::join(module.dialect, &module.name, slot).ok_or_else(|| Error::Unsupported {
-                        what: format!(
-                            "`{}`: `{slot}` cannot be written in the spelling of {}",
-                            module.name,
-                            module.dialect.name()
-                        ),
-                        hint: String::new(),
-                    })?;
+                let owner = if algo::is_shared(slot) { "" } else { &module.name };
+                let key = keys::join(module.dialect, owner, slot).ok_or_else(|| Error::Unsupported {
+                    what: format!(
+                        "`{}`: `{slot}` cannot be written in the spelling of {}",
+                        module.name,
+                        module.dialect.name()
+                    ),
+                    hint: String::new(),
+                })?;
+                if owner.is_empty() && !written.insert(slot) {
+                    continue;
+                }
                 let bytes = tensor.bytes().ok_or_else(|| {
                     Error::argument(
                         format!("`{key}` is not packed in host memory"),
@@ -150,7 +250,7 @@ impl Adapter {
     }
 
     /// The file's own `__metadata__`.
-    pub fn metadata(&self) -> &std::collections::BTreeMap<String, String> {
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
 
@@ -166,8 +266,7 @@ impl Adapter {
 }
 
 /// The error of a file without one usable module: its first real defect, or that it is no adapter at all.
-fn nothing_readable(file: &safetensors::File, keys: &[KeyState]) -> Error {
-    let path = file.path().to_owned();
+fn nothing_readable(path: PathBuf, keys: &[KeyState]) -> Error {
     for key in keys.iter().filter(|k| k.module.is_some()) {
         let what = match &key.status {
             KeyStatus::Malformed(why) | KeyStatus::Unsupported(why) => why.clone(),

@@ -72,17 +72,7 @@ impl File {
     /// would change under the reader, and if another process cuts it short, reading the lost part kills this process
     /// (SIGBUS), which no library can prevent. Copy the bytes and use [`File::from_bytes`] where others write in place.
     pub fn open(path: &Path) -> Result<Self> {
-        let io = |e| Error::io(path, e);
-        // Asked before opening: to open a pipe is to wait for its writer.
-        if !fs::metadata(path).map_err(io)?.is_file() {
-            return Err(io(atomic::not_regular()));
-        }
-        let file = fs::File::open(path).map_err(io)?;
-        // SAFETY: the mapping is read-only and private to `Bytes`. Its bytes are only handed out as `&[u8]`, for which
-        // any value is valid, and nothing proven depends on their staying the same: the header is copied before it is
-        // read. That nobody writes the file in place meanwhile is the caller's part, said above.
-        let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-        Self::new(path.to_owned(), Bytes::Mapped(map))
+        Self::new(path.to_owned(), Bytes::Mapped(map(path)?))
     }
 
     /// A file that is already in memory. Its [`path`](File::path) is `<memory>`.
@@ -160,6 +150,20 @@ impl File {
         #[cfg(not(unix))]
         let _ = (begin, end);
     }
+}
+
+/// Maps a regular file read-only. What [`File::open`] says about writing in place holds for the bytes.
+pub(super) fn map(path: &Path) -> Result<Mmap> {
+    let io = |e| Error::io(path, e);
+    // Asked before opening: to open a pipe is to wait for its writer.
+    if !fs::metadata(path).map_err(io)?.is_file() {
+        return Err(io(atomic::not_regular()));
+    }
+    let file = fs::File::open(path).map_err(io)?;
+    // SAFETY: the mapping is read-only. Its bytes are only handed out as `&[u8]`, for which any value is valid, and
+    // nothing proven depends on their staying the same: text is copied before it is checked and used. That nobody
+    // writes the file in place meanwhile is the caller's part, said above.
+    unsafe { Mmap::map(&file) }.map_err(io)
 }
 
 /// Reads the header and where the data section starts.

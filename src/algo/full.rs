@@ -1,10 +1,8 @@
 //! Full difference: `dW = diff`, in the shape of the weight. LyCORIS `full`, and what extraction tools write where a low rank would not do.
-//!
-//! A difference of the bias (`diff_b`) beside it makes the module unsupported: this version changes weights only.
 
 use super::{required, Algorithm, Group, Recipe, ALPHA};
 use crate::error::Result;
-use crate::merge::ops::{Dense, Op};
+use crate::merge::ops::Op;
 use crate::view::Tensor;
 
 const DIFF: &str = "diff";
@@ -27,18 +25,12 @@ impl Algorithm for Full {
         "full"
     }
 
-    fn rank(&self) -> Option<usize> {
-        None
+    fn shape(&self) -> Option<Vec<usize>> {
+        Some(self.diff.shape().to_vec())
     }
 
-    fn alpha(&self) -> Option<f32> {
-        None
-    }
-
-    fn lower(&self, module: &str, target: &[usize]) -> Result<Op> {
-        super::fit(module, self.diff.shape(), target)?;
-        let rows = target.first().copied().unwrap_or(1);
-        Ok(Op::Dense(Dense { diff: super::matrix(module, &self.diff, rows)? }))
+    fn lower(&self, module: &str, target: &[usize]) -> Result<Vec<Op>> {
+        Ok(vec![super::dense(module, &self.diff, target, 1.0)?])
     }
 
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {

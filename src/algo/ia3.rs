@@ -1,41 +1,83 @@
 //! (IA)^3: `W' = W o (1 + s * w)`, w along the output or the input channels.
 //!
-//! Liu et al. 2022, arXiv:2205.05638; LyCORIS' layout.
+//! Liu et al. 2022, arXiv:2205.05638.
 //!
 //! | tensor | shape |
 //! |---|---|
-//! | `weight` | O or I values, for convolutions with axes of 1 around them |
+//! | `weight` | LyCORIS: w, O or I values, for convolutions with axes of 1 around them |
 //! | `on_input` | one number: 0 output, else input |
+//! | `ia3_l` | PEFT: 1 + w; Linear [O, 1] or [1, I]; convolutions [1, O or I, 1..], told by `feedforward_modules` of the configuration |
+//!
+//! PEFT scales a layer's output with its bias; LyCORIS merges into the weight alone.
 
-use super::{malformed, required, Algorithm, Group, Recipe};
+use super::{malformed, required, Algorithm, Changes, Group, Recipe};
 use crate::error::{Error, Result};
 use crate::merge::ops::{Op, Scale};
 use crate::view::Tensor;
 
 const WEIGHT: &str = "weight";
 const ON_INPUT: &str = "on_input";
+const PEFT_L: &str = "ia3_l";
 
 pub(super) const RECIPE: Recipe =
     Recipe { name: "(IA)^3", marks: &[ON_INPUT, WEIGHT], knows: &[WEIGHT, ON_INPUT], read };
+pub(super) const PEFT: Recipe =
+    Recipe { name: "(IA)^3 (PEFT)", marks: &[PEFT_L], knows: &[PEFT_L], read: read_peft };
 
 /// One module.
 #[derive(Debug)]
 struct Ia3 {
-    weight: Tensor,
-    on_input: Tensor,
+    /// As the file has them.
+    tensors: Vec<(&'static str, Tensor)>,
+    /// w as one row of values.
+    v: Tensor,
     axis: usize,
+    /// Whether the bias is scaled with the output.
+    with_bias: bool,
+}
+
+/// The values of a tensor that is a vector but for axes of 1.
+fn vector(module: &str, name: &str, tensor: &Tensor) -> Result<Tensor> {
+    if tensor.shape().iter().filter(|&&d| d != 1).count() > 1 {
+        return Err(malformed(module, format!("`{name}` must be a vector, it is {:?}", tensor.shape())));
+    }
+    let flat = tensor.reshape(&[tensor.count()]);
+    flat.ok_or_else(|| malformed(module, format!("`{name}` is not contiguous")))
 }
 
 fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
-    let weight = required(module, group, WEIGHT)?.clone();
-    let Some(on_input) = group.get(ON_INPUT).cloned() else {
+    let weight = required(module, group, WEIGHT)?;
+    let Some(on_input) = group.get(ON_INPUT) else {
         return Err(malformed(module, format!("`{ON_INPUT}` is missing")));
     };
-    if weight.shape().iter().filter(|&&d| d != 1).count() > 1 {
-        return Err(malformed(module, format!("`{WEIGHT}` must be a vector, it is {:?}", weight.shape())));
-    }
-    let (on_input, flag) = super::number(module, ON_INPUT, &on_input)?;
-    Ok(Box::new(Ia3 { weight, on_input, axis: usize::from(flag != 0.0) }))
+    let v = vector(module, WEIGHT, weight)?;
+    let (on_input, flag) = super::number(module, ON_INPUT, on_input)?;
+    let tensors = vec![(WEIGHT, weight.clone()), (ON_INPUT, on_input)];
+    Ok(Box::new(Ia3 { tensors, v, axis: usize::from(flag != 0.0), with_bias: false }))
+}
+
+fn read_peft(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
+    let tensor = required(module, group, PEFT_L)?;
+    let axis = match *tensor.shape() {
+        [_, 1] => 0,
+        [1, _] => 1,
+        _ => match group.config.as_ref().and_then(|c| c.is_feedforward(module)) {
+            Some(feedforward) => usize::from(feedforward),
+            None => {
+                return Err(Error::Unsupported {
+                    what: format!(
+                        "`{module}`: `{PEFT_L}` {:?} does not say which channels it scales",
+                        tensor.shape()
+                    ),
+                    hint: "put the adapter_config.json of its training beside the file".into(),
+                })
+            }
+        },
+    };
+    let l = vector(module, PEFT_L, tensor)?;
+    let v = l.to_f32(module)?.into_iter().map(|l| l - 1.0).collect();
+    let v = Tensor::of_f32(v, &[l.count()]);
+    Ok(Box::new(Ia3 { tensors: vec![(PEFT_L, tensor.clone())], v, axis, with_bias: axis == 0 }))
 }
 
 impl Algorithm for Ia3 {
@@ -43,16 +85,12 @@ impl Algorithm for Ia3 {
         "(IA)^3"
     }
 
-    fn rank(&self) -> Option<usize> {
+    fn shape(&self) -> Option<Vec<usize>> {
         None
     }
 
-    fn alpha(&self) -> Option<f32> {
-        None
-    }
-
-    fn lower(&self, module: &str, target: &[usize]) -> Result<Op> {
-        let count = self.weight.count();
+    fn lower(&self, module: &str, target: &[usize]) -> Result<Vec<Op>> {
+        let count = self.v.count();
         if target.get(self.axis) != Some(&count) {
             let axis = ["output", "input"][self.axis];
             return Err(Error::Shape {
@@ -64,12 +102,22 @@ impl Algorithm for Ia3 {
                 got: target.to_vec(),
             });
         }
-        let v = super::matrix(module, &self.weight, count)?;
-        let v = v.reshape(&[count]).ok_or_else(|| malformed(module, "a vector was expected"))?;
-        Ok(Op::Scale(Scale { v, axis: self.axis }))
+        Ok(vec![Op::Scale(Scale { v: self.v.clone(), axis: self.axis })])
+    }
+
+    fn lower_bias(&self, module: &str, target: &[usize]) -> Result<Vec<Op>> {
+        if self.with_bias {
+            self.lower(module, target)
+        } else {
+            Ok(Vec::new())
+        }
+    }
+
+    fn changes(&self) -> Changes {
+        Changes { weight: true, bias: self.with_bias }
     }
 
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
-        vec![(WEIGHT, &self.weight), (ON_INPUT, &self.on_input)]
+        self.tensors.iter().map(|(name, tensor)| (*name, tensor)).collect()
     }
 }

@@ -85,12 +85,16 @@ impl Algorithm for Loha {
         self.alpha
     }
 
-    fn lower(&self, module: &str, target: &[usize]) -> Result<Op> {
-        let [a, b] = [&self.a[0], &self.b[0]];
-        let shape = match &self.cores {
-            Some(t) => [&[a.shape()[1], b.shape()[1]], &t[0].shape()[2..]].concat(),
-            None => vec![a.shape()[0], b.count() / self.rank],
-        };
+    fn shape(&self) -> Option<Vec<usize>> {
+        let [a, b] = [self.a[0].shape(), self.b[0].shape()];
+        Some(match &self.cores {
+            Some(t) => [&[a[1], b[1]], &t[0].shape()[2..]].concat(),
+            None => [&[a[0]], &b[1..]].concat(),
+        })
+    }
+
+    fn lower(&self, module: &str, target: &[usize]) -> Result<Vec<Op>> {
+        let shape = self.shape().unwrap_or_default();
         super::fit(module, &shape, target)?;
         let pair = |i: usize| match &self.cores {
             Some(t) => Ok((super::transposed(module, &self.a[i])?, super::fold(module, &t[i], &self.b[i])?)),
@@ -101,7 +105,7 @@ impl Algorithm for Loha {
         };
         let pairs = [pair(0), pair(1)].into_iter().collect::<Result<Vec<_>>>()?;
         let pairs = pairs.try_into().map_err(|_| malformed(module, "needs two pairs of factors"))?;
-        Ok(Op::Hadamard(Hadamard { pairs, scale: super::scale(self.alpha, self.rank) }))
+        Ok(vec![Op::Hadamard(Hadamard { pairs, scale: super::scale(self.alpha, self.rank) })])
     }
 
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {

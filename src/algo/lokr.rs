@@ -10,7 +10,7 @@
 //! | with a Tucker core `lokr_t2` | r, r, kernel; `lokr_w2_a` r, c and `lokr_w2_b` r, d: `w2[p, q, k] = sum_ij t2[i, j, k] a[i, p] b[j, q]` |
 //!
 //! scale = alpha / r, of w2's factors or else of w1's. With both halves whole there is no r: the scale is 1 whatever alpha says (LyCORIS writes an
-//! alpha of no meaning then).
+//! alpha of no meaning then); PEFT's is alpha / r of its configuration also then.
 
 use super::{malformed, required, Algorithm, Group, Recipe, ALPHA};
 use crate::error::Result;
@@ -42,6 +42,8 @@ struct Lokr {
     /// Of the thin factors; `None` when both halves are whole.
     rank: Option<usize>,
     alpha: Option<f32>,
+    /// The scale when both halves are whole.
+    whole_scale: f64,
 }
 
 /// One half: as a matrix, the shape behind its rows, and the rank of its factors.
@@ -115,7 +117,8 @@ fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
     };
     let own = group.tensors.iter().filter(|(name, _)| *name != ALPHA).cloned();
     let tensors = own.chain(alpha_tensor.map(|t| (ALPHA, t))).collect();
-    Ok(Box::new(Lokr { tensors, w1: one.matrix, w2: two.matrix, inner: two.inner, rank, alpha }))
+    let whole_scale = group.config.as_ref().and_then(|c| c.scale(module)).unwrap_or(1.0);
+    Ok(Box::new(Lokr { tensors, w1: one.matrix, w2: two.matrix, inner: two.inner, rank, alpha, whole_scale }))
 }
 
 impl Algorithm for Lokr {
@@ -131,7 +134,15 @@ impl Algorithm for Lokr {
         self.alpha
     }
 
-    fn lower(&self, module: &str, target: &[usize]) -> Result<Op> {
+    fn shape(&self) -> Option<Vec<usize>> {
+        let (rows, b) = (self.w1.shape()[0] * self.w2.shape()[0], self.w1.shape()[1]);
+        Some(match self.inner.split_first() {
+            Some((d, kernel)) => [&[rows, b * d], kernel].concat(),
+            None => vec![rows, b],
+        })
+    }
+
+    fn lower(&self, module: &str, target: &[usize]) -> Result<Vec<Op>> {
         let ([a, b], c) = ([self.w1.shape()[0], self.w1.shape()[1]], self.w2.shape()[0]);
         // A w2 of thin factors is flattened in the file: its columns are d * kernel, and only the weight tells the kernel.
         let kernel = target.get(2..).unwrap_or(&[]);
@@ -142,8 +153,8 @@ impl Algorithm for Lokr {
             [] => vec![a * c, b],
         };
         super::fit(module, &shape, target)?;
-        let scale = self.rank.map_or(1.0, |rank| super::scale(self.alpha, rank));
-        Ok(Op::Kron(Kron { w1: self.w1.clone(), w2: self.w2.clone(), scale }))
+        let scale = self.rank.map_or(self.whole_scale, |rank| super::scale(self.alpha, rank));
+        Ok(vec![Op::Kron(Kron { w1: self.w1.clone(), w2: self.w2.clone(), scale })])
     }
 
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {

@@ -8,9 +8,14 @@
 //! | `lora_up.weight` | O, r | O, r, 1.. | O, r, 1.. |
 //! | `lora_down.weight` | r, I | r, I, kernel | r, I, 1.. |
 //! | `lora_mid.weight` | | | r, r, kernel |
+//! | `lora_up.bias` | O: `b' = b + s * alpha / rank * bias` (PEFT's `lora_bias`) | O | O |
 //! | `alpha` | one number; missing or 0: the rank | | |
+//!
+//! DyLoRA (Valipour et al. 2022, arXiv:2210.07558) writes the same tensors, trained so that every prefix of the ranks works: a prefix of b
+//! ranks has the scale alpha / b. PEFT's LoRA on embeddings [words, width] has both factors transposed: `lora_embedding_A` [r, words],
+//! `lora_embedding_B` [width, r].
 
-use super::{malformed, Algorithm, Group, Recipe, ALPHA};
+use super::{malformed, required, Algorithm, Changes, Group, Recipe, ALPHA};
 use crate::error::Result;
 use crate::merge::ops::{LowRank, Op};
 use crate::view::Tensor;
@@ -19,8 +24,18 @@ const UP: &str = "lora_up.weight";
 const DOWN: &str = "lora_down.weight";
 const MID: &str = "lora_mid.weight";
 
+const UP_BIAS: &str = "lora_up.bias";
+const EMBEDDING_A: &str = "lora_embedding_A";
+const EMBEDDING_B: &str = "lora_embedding_B";
+
 pub(super) const RECIPE: Recipe =
-    Recipe { name: "LoRA / LoCon", marks: &[UP, DOWN], knows: &[UP, DOWN, MID, ALPHA], read };
+    Recipe { name: "LoRA / LoCon", marks: &[UP, DOWN], knows: &[UP, DOWN, MID, UP_BIAS, ALPHA], read };
+pub(super) const EMBEDDING: Recipe = Recipe {
+    name: "LoRA (embedding)",
+    marks: &[EMBEDDING_A, EMBEDDING_B],
+    knows: &[EMBEDDING_A, EMBEDDING_B, ALPHA],
+    read: read_embedding,
+};
 
 /// One LoRA / LoCon module.
 #[derive(Debug, Clone)]
@@ -28,6 +43,7 @@ pub struct Lora {
     up: Tensor,
     down: Tensor,
     mid: Option<Tensor>,
+    up_bias: Option<Tensor>,
     alpha_tensor: Option<Tensor>,
     alpha: Option<f32>,
     rank: usize,
@@ -73,7 +89,7 @@ impl Lora {
         for tensor in [Some(&up), Some(&down), mid.as_ref()].into_iter().flatten() {
             crate::dtype::Float::require(tensor.dtype(), module)?;
         }
-        Ok(Lora { up, down, mid, alpha_tensor: None, alpha, rank })
+        Ok(Lora { up, down, mid, up_bias: None, alpha_tensor: None, alpha, rank })
     }
 
     /// `down` with the Tucker core folded in, as [r, I * kernel].
@@ -93,6 +109,8 @@ fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
     let (alpha_tensor, alpha) = super::alpha(module, group)?;
     let mut lora = Lora::new(module, up.clone(), down.clone(), group.get(MID).cloned(), alpha)?;
     lora.alpha_tensor = alpha_tensor;
+    lora.up_bias =
+        group.get(UP_BIAS).is_some().then(|| required(module, group, UP_BIAS)).transpose()?.cloned();
     Ok(Box::new(lora))
 }
 
@@ -113,20 +131,92 @@ impl Algorithm for Lora {
         self.alpha
     }
 
-    fn lower(&self, module: &str, target: &[usize]) -> Result<Op> {
-        let mut shape = vec![self.up.shape()[0], self.down.shape()[1]];
-        shape.extend(self.mid.as_ref().unwrap_or(&self.down).shape().get(2..).unwrap_or(&[]));
-        super::fit(module, &shape, target)?;
-        let up = super::matrix(module, &self.up, shape[0])?;
+    fn shape(&self) -> Option<Vec<usize>> {
+        let kernel = self.mid.as_ref().unwrap_or(&self.down).shape().get(2..).unwrap_or(&[]);
+        Some([&[self.up.shape()[0], self.down.shape()[1]], kernel].concat())
+    }
+
+    fn lower(&self, module: &str, target: &[usize]) -> Result<Vec<Op>> {
+        super::fit(module, &self.shape().unwrap_or_default(), target)?;
+        let up = super::matrix(module, &self.up, self.up.shape()[0])?;
         let scale = super::scale(self.alpha, self.rank);
-        Ok(Op::LowRank(LowRank { up, down: self.folded_down(module)?, scale }))
+        Ok(vec![Op::LowRank(LowRank { up, down: self.folded_down(module)?, scale })])
+    }
+
+    fn lower_bias(&self, module: &str, target: &[usize]) -> Result<Vec<Op>> {
+        let scale = super::scale(self.alpha, self.rank);
+        self.up_bias.iter().map(|t| super::dense(module, t, target, scale)).collect()
+    }
+
+    fn changes(&self) -> Changes {
+        Changes { weight: true, bias: self.up_bias.is_some() }
+    }
+
+    fn prefix(&self, module: &str, rank: usize) -> Option<Result<Box<dyn Algorithm>>> {
+        // A Tucker core mixes the ranks.
+        let rank = rank.clamp(1, self.rank);
+        self.mid.is_none().then(|| {
+            let down =
+                self.down.rows(0..rank).ok_or_else(|| malformed(module, "a factor is not contiguous"))?;
+            let up = super::columns(module, &self.up, rank)?;
+            Ok(Box::new(Lora { up, down, rank, ..self.clone() }) as Box<dyn Algorithm>)
+        })
     }
 
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
         let mut tensors = vec![(DOWN, &self.down), (UP, &self.up)];
         tensors.extend(self.mid.as_ref().map(|t| (MID, t)));
+        tensors.extend(self.up_bias.as_ref().map(|t| (UP_BIAS, t)));
         tensors.extend(self.alpha_tensor.as_ref().map(|t| (ALPHA, t)));
         tensors
+    }
+}
+
+/// A LoRA of an embedding, as PEFT writes it.
+#[derive(Debug)]
+struct Embedding {
+    a: Tensor,
+    b: Tensor,
+    alpha_tensor: Option<Tensor>,
+    alpha: Option<f32>,
+}
+
+fn read_embedding(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
+    let (a, b) = (required(module, group, EMBEDDING_A)?, required(module, group, EMBEDDING_B)?);
+    if a.shape().len() != 2 || b.shape().len() != 2 || a.shape()[0] != b.shape()[1] {
+        let what = format!("A {:?} and B {:?} do not fit together", a.shape(), b.shape());
+        return Err(malformed(module, what));
+    }
+    let (alpha_tensor, alpha) = super::alpha(module, group)?;
+    Ok(Box::new(Embedding { a: a.clone(), b: b.clone(), alpha_tensor, alpha }))
+}
+
+impl Algorithm for Embedding {
+    fn name(&self) -> &'static str {
+        "LoRA (embedding)"
+    }
+
+    fn rank(&self) -> Option<usize> {
+        self.a.shape().first().copied()
+    }
+
+    fn alpha(&self) -> Option<f32> {
+        self.alpha
+    }
+
+    fn shape(&self) -> Option<Vec<usize>> {
+        Some(vec![self.a.shape()[1], self.b.shape()[0]])
+    }
+
+    fn lower(&self, module: &str, target: &[usize]) -> Result<Vec<Op>> {
+        super::fit(module, &self.shape().unwrap_or_default(), target)?;
+        let (up, down) = (super::transposed(module, &self.a)?, super::transposed(module, &self.b)?);
+        Ok(vec![Op::LowRank(LowRank { up, down, scale: super::scale(self.alpha, self.a.shape()[0]) })])
+    }
+
+    fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        let pair = [(EMBEDDING_A, &self.a), (EMBEDDING_B, &self.b)];
+        pair.into_iter().chain(self.alpha_tensor.as_ref().map(|t| (ALPHA, t))).collect()
     }
 }
 
@@ -433,8 +523,8 @@ mod tests {
             let shapes = module.parameters();
             let factor = |i: usize| Tensor::of_f32(values(&parameters[i]), &shapes[i].shape);
             let lora = Lora::new(case.name, factor(1), factor(0), None, Some(ALPHA as f32)).unwrap();
-            assert!(matches!(lora.lower(case.name, case.weight), Ok(Op::LowRank(_))), "{}", case.name);
-            let op = lora.lower(case.name, case.weight).unwrap();
+            let op = lora.lower(case.name, case.weight).unwrap().remove(0);
+            assert!(matches!(op, Op::LowRank(_)), "{}", case.name);
             let (mut x, mut y) = (values(&x), vec![0f32; want.numel()]);
             let view = |data: &mut [f32], shape: &[i64]| {
                 let shape: Vec<usize> = shape.iter().map(|&d| d as usize).collect();

@@ -2,29 +2,77 @@
 //!
 //! To add one, write its file and put its [`Recipe`] in [`ALL`].
 
+mod boft;
+mod extras;
 pub mod full;
+pub mod glora;
 pub mod ia3;
 pub mod loha;
 pub mod lokr;
 pub mod lora;
+pub mod norm;
+pub mod oft;
+pub mod peft_oft;
+pub mod set;
+pub mod tlora;
+pub mod vera;
 
+use crate::adapter::metadata::PeftConfig;
 use crate::error::{Error, Result};
-use crate::merge::ops::Op;
+use crate::merge::ops::{Dense, Op};
 use crate::view::Tensor;
 use std::fmt::Debug;
+use std::sync::Arc;
 
-/// One module of an adapter: what one file holds for one target, read and checked.
+/// One module of an adapter: what one file holds for one layer, read and checked.
 pub trait Algorithm: Debug + Send + Sync {
     /// The field's name, as the report prints it.
     fn name(&self) -> &'static str;
     /// Rank of the factors; `None` where there are none.
-    fn rank(&self) -> Option<usize>;
+    fn rank(&self) -> Option<usize> {
+        None
+    }
     /// `alpha` as the file gives it; `None` when it gives none.
-    fn alpha(&self) -> Option<f32>;
-    /// What the module does to a weight of this shape, in the primitives of the executors.
-    fn lower(&self, module: &str, target: &[usize]) -> Result<Op>;
+    fn alpha(&self) -> Option<f32> {
+        None
+    }
+    /// The shape of the layer's weight as far as the module's own tensors tell it: [O, I, kernel..], or [O, I * kernel] where factors are
+    /// flattened. `None` when they do not.
+    fn shape(&self) -> Option<Vec<usize>>;
+    /// What the module does to the layer's weight of this shape, in the primitives of the executors, all on the pristine weight. Nothing for
+    /// a module that has only a bias.
+    fn lower(&self, module: &str, target: &[usize]) -> Result<Vec<Op>>;
+    /// What it does to the layer's bias of this shape.
+    fn lower_bias(&self, _module: &str, _target: &[usize]) -> Result<Vec<Op>> {
+        Ok(Vec::new())
+    }
+    /// Whether it changes the layer's weight, its bias.
+    fn changes(&self) -> Changes {
+        Changes { weight: true, bias: false }
+    }
+    /// The shape that the weight must first grow to, by zeros at the end of each axis.
+    fn grown(&self) -> Option<&[usize]> {
+        None
+    }
+    /// The module cut to its first `rank` ranks, for algorithms trained so that every prefix works; `None` for others.
+    fn prefix(&self, _module: &str, _rank: usize) -> Option<Result<Box<dyn Algorithm>>> {
+        None
+    }
+    /// What a user should know about how the file was read.
+    fn note(&self) -> Option<String> {
+        None
+    }
     /// The tensors by their canonical names, as they are written to a file.
     fn tensors(&self) -> Vec<(&'static str, &Tensor)>;
+}
+
+/// Which parameters of its layer a module changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Changes {
+    /// The weight.
+    pub weight: bool,
+    /// The bias.
+    pub bias: bool,
 }
 
 /// The named tensors of one module. Names are the canonical suffixes of `adapter::keys`.
@@ -32,8 +80,10 @@ pub trait Algorithm: Debug + Send + Sync {
 pub struct Group {
     /// (suffix, tensor), in the order of the file.
     pub tensors: Vec<(&'static str, Tensor)>,
-    /// Alpha from outside the tensors (PEFT keeps it in a config); already corrected for rank-stabilised scaling.
-    pub alpha: Option<f32>,
+    /// PEFT keeps in a configuration what its files lack.
+    pub config: Option<Arc<PeftConfig>>,
+    /// Whether the layer's weight may have to grow to the module's own shape, without the module saying so.
+    pub grows: bool,
 }
 
 impl Group {
@@ -57,10 +107,37 @@ pub struct Recipe {
 }
 
 /// The algorithms, in the order in which a module is tried.
-pub static ALL: &[Recipe] = &[lora::RECIPE, loha::RECIPE, lokr::RECIPE, full::RECIPE, ia3::RECIPE];
+pub static ALL: &[Recipe] = &[
+    lora::RECIPE,
+    lora::EMBEDDING,
+    loha::RECIPE,
+    lokr::RECIPE,
+    glora::RECIPE,
+    tlora::RECIPE,
+    vera::RECIPE,
+    oft::RECIPE,
+    peft_oft::RECIPE,
+    peft_oft::BUTTERFLY,
+    full::RECIPE,
+    norm::RECIPE,
+    set::RECIPE,
+    ia3::PEFT,
+    ia3::RECIPE,
+];
 
 /// Reads one module. `Err(Unsupported)` names what this version does not know.
-pub fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
+pub fn read(module: &str, group: Group) -> Result<Box<dyn Algorithm>> {
+    let (extras, group) = extras::Extras::take(module, group)?;
+    let inner = if group.tensors.iter().any(|(name, _)| *name != ALPHA) || extras.is_empty() {
+        Some(read_plain(module, &group)?)
+    } else {
+        None
+    };
+    extras.around(module, inner)
+}
+
+/// Reads a module that has nothing but its algorithm's own tensors.
+fn read_plain(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
     let has = |names: &[&str]| group.tensors.iter().any(|(n, _)| names.contains(n));
     let foreign = |knows: &[&str]| group.tensors.iter().find(|(n, _)| !knows.contains(n)).map(|(n, _)| *n);
     let unsupported = |name: &'static str| {
@@ -84,6 +161,28 @@ pub fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
             None => malformed(module, "has no factors"),
         }),
     }
+}
+
+/// The canonical name, if any algorithm has a tensor of this name.
+pub fn known(slot: &str) -> Option<&'static str> {
+    let mut all = ALL.iter().flat_map(|recipe| recipe.knows).chain(extras::NAMES);
+    all.find(|known| **known == slot).copied()
+}
+
+/// Whether the tensor stands once in a file for all modules.
+pub fn is_shared(slot: &str) -> bool {
+    vera::SHARED.contains(&slot)
+}
+
+/// Whether a tensor that stands once in a file for all modules belongs to this one too.
+pub fn shares(group: &Group, slot: &str) -> bool {
+    let recipe = ALL.iter().find(|recipe| recipe.marks.iter().any(|mark| group.get(mark).is_some()));
+    recipe.is_some_and(|recipe| recipe.knows.contains(&slot)) && group.get(slot).is_none()
+}
+
+/// Whether the tensor changes its layer's bias.
+pub fn is_bias(slot: &str) -> bool {
+    matches!(slot, "diff_b" | "b_norm" | "lora_up.bias")
 }
 
 /// A module whose tensors contradict each other.
@@ -124,7 +223,8 @@ fn number(module: &str, name: &str, tensor: &Tensor) -> Result<(Tensor, f32)> {
 
 /// A module's `alpha`, if it has one. An alpha from beside the file (PEFT's config) becomes a tensor.
 fn alpha(module: &str, group: &Group) -> Result<(Option<Tensor>, Option<f32>)> {
-    let given = group.alpha.map(|a| Tensor::of_f32(vec![a], &[]));
+    let given = group.config.as_ref().and_then(|c| c.alpha(module));
+    let given = given.map(|a| Tensor::of_f32(vec![a], &[]));
     let Some(tensor) = group.get(ALPHA).or(given.as_ref()) else { return Ok((None, None)) };
     number(module, ALPHA, tensor).map(|(tensor, value)| (Some(tensor), Some(value)))
 }
@@ -135,6 +235,13 @@ fn scale(alpha: Option<f32>, rank: usize) -> f64 {
         Some(alpha) if alpha != 0.0 => f64::from(alpha) / rank as f64,
         _ => 1.0,
     }
+}
+
+/// A difference as an op on a weight or a bias of this shape.
+fn dense(module: &str, diff: &Tensor, target: &[usize], scale: f64) -> Result<Op> {
+    fit(module, diff.shape(), target)?;
+    let rows = target.first().copied().unwrap_or(1);
+    Ok(Op::Dense(Dense { diff: matrix(module, diff, rows)?, scale }))
 }
 
 /// The tensor as a matrix of this many rows, without moving anything.
@@ -185,6 +292,21 @@ fn fold(module: &str, core: &Tensor, inner: &Tensor) -> Result<Tensor> {
         }
     }
     Ok(Tensor::of_f32(folded.into_iter().map(|v| v as f32).collect(), &[p, cols * taps]))
+}
+
+/// The first `count` columns of a tensor seen as [first axis, rest], packed, in its own dtype.
+fn columns(module: &str, tensor: &Tensor, count: usize) -> Result<Tensor> {
+    let (rows, bytes) = (tensor.shape()[0], tensor.bytes());
+    let width = bytes.map_or(0, |b| b.len() / rows.max(1));
+    let each = crate::dtype::byte_len(tensor.dtype(), &[1]).filter(|size| count * size <= width);
+    let (Some(bytes), Some(size)) = (bytes, each) else {
+        let what = format!("`{module}`: a factor of shape {:?} is not packed in host memory", tensor.shape());
+        return Err(Error::argument(what, "copy it to the CPU first"));
+    };
+    let cut = bytes.chunks_exact(width).flat_map(|row| &row[..count * size]).copied().collect();
+    let mut shape = tensor.shape().to_vec();
+    shape[1] = count;
+    Tensor::of_vec(cut, tensor.dtype(), &shape).ok_or_else(|| malformed(module, "a factor cannot be cut"))
 }
 
 /// The transpose of a matrix, in f32.

@@ -5,7 +5,9 @@ use super::handle;
 use super::status::lycore_status::LYCORE_BAD_ARGUMENT;
 use super::status::{lycore_error, lycore_status};
 use super::tensor::{describe, lycore_tensor};
-use crate::adapter::{report, Adapter};
+use crate::adapter::Adapter;
+use crate::error::Error;
+use crate::report;
 use std::ffi::{c_char, CString};
 use std::path::Path;
 use std::sync::Arc;
@@ -80,7 +82,7 @@ pub(super) fn held(adapter: *const lycore_adapter) -> Outcome<Arc<Held>> {
     handle::get::<Held>(adapter.cast(), "adapter")
 }
 
-/// Opens a safetensors adapter. The file stays mapped until the adapter is freed and no stack uses it: replace it by renaming another
+/// Opens an adapter: safetensors, or what torch.save writes (.pt, .ckpt, .bin) as far as it asks for nothing but tensors. The file stays mapped until the adapter is freed and no stack uses it: replace it by renaming another
 /// over it, never by writing into it. For a PEFT file, `adapter_config.json` beside it gives the alphas.
 /// A file in which no module can be used is LYCORE_FILE, LYCORE_KEY or LYCORE_UNSUPPORTED.
 ///
@@ -123,8 +125,16 @@ pub unsafe extern "C" fn lycore_adapter_open_memory(
     }
 }
 
-/// The load report as JSON: {"file", "metadata": {text: text}, "summary": {"keys", "modules", "readable", "unsupported", "malformed"},
-/// "modules": [{"module", "spelling", "algorithm", "rank", "alpha", "dtype", "bytes"}], "keys": [{"key", "status", "reason"?}]}.
+/// The load report as JSON: {"file", "metadata": {text: text}, "facts", "summary": {"keys", "modules", "readable", "unsupported",
+/// "malformed"}, "modules": [{"module", "spelling", "algorithm", "rank", "alpha", "dtype", "bytes"}], "keys": [{"key", "status", "reason"?}]}.
+/// "facts" is what the metadata says, in one form for all trainers; every field may be missing: {"title", "author", "description",
+/// "license", "usage_hint", "comment", "tags", "date", "tool": {"name", "evidence", "version"}, "base": {"version", "model", "model_hash",
+/// "vae", "architecture", "implementation", "prediction_type"}, "trigger": {"phrases": [text], "classes": [{"word", "repeats", "images"}],
+/// "tags": [{"tag", "count"}], "distinct_tags"}, "training": {"module", "args": {}, "dim", "alpha", "dropout", "optimizer", "learning_rate",
+/// "unet_lr", "text_encoder_lr", "scheduler", "warmup_steps", "steps", "max_steps", "epoch", "epochs", "images", "reg_images", "batch_size",
+/// "gradient_accumulation_steps", "resolution", "bucket_count", "buckets": [{"resolution", "images"}], "clip_skip", "noise_offset",
+/// "min_snr_gamma", "mixed_precision", "seed", "loss_type", "seconds"}, "hashes": {"model", "legacy", "sha256"},
+/// "thumbnail": {"bytes", "type"}, "unreadable": [{"key", "reason"}]}. Of each list the first 24.
 /// `json` becomes a text that the caller frees with lycore_text_free.
 ///
 /// # Safety
@@ -140,6 +150,36 @@ pub unsafe extern "C" fn lycore_adapter_report(
         boundary::run(error, || {
             let (adapter, json) = (held(adapter)?, boundary::out(json, "json")?);
             *json = handle::new_text(c_text(&report::json(&adapter.adapter, None).to_string()));
+            Ok(())
+        })
+    }
+}
+
+/// A report as plain text of at most 100 columns (longer only where a path or a module's name is): what lycore_adapter_report,
+/// lycore_stack_report or lycore_checkpoint_merge gave as JSON. Unless `all` is non-zero, lists end after ten entries and say how many more
+/// there are. `text` becomes a text that the caller frees with lycore_text_free.
+///
+/// # Safety
+/// `json` is a NUL-terminated UTF-8 string. `text` may be written. `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_report_text(
+    json: *const c_char,
+    all: i32,
+    text: *mut *mut c_char,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            let (json, text) = (boundary::text(json, "json")?, boundary::out(text, "text")?);
+            let wrong = |why: String| {
+                Error::argument(format!("`json` is no report: {why}"), "pass what lycore_adapter_report gave")
+            };
+            let report: serde_json::Value = serde_json::from_str(json).map_err(|e| wrong(e.to_string()))?;
+            if !["keys", "adapters"].iter().any(|name| report[*name].is_array()) {
+                return Err(wrong("it has neither \"keys\" nor \"adapters\"".into()).into());
+            }
+            *text = handle::new_text(c_text(&report::text::text(&report, all != 0)));
             Ok(())
         })
     }
@@ -242,8 +282,77 @@ pub unsafe extern "C" fn lycore_adapter_save(
     }
 }
 
+/// A new adapter whose modules are cut to their first `rank` ranks (at least 1; modules of a lower rank stay whole), in `out`, freed with
+/// lycore_adapter_free. For adapters trained so that every prefix works: DyLoRA (alpha stays, so the scale becomes alpha / rank, as the paper and
+/// sd-scripts have it) and T-LoRA (the scale stays, as under its mask). LYCORE_UNSUPPORTED when no module has nested ranks; modules without them,
+/// beside others, stay as they are.
+///
+/// # Safety
+/// `out` may be written. `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_adapter_prefix(
+    adapter: *const lycore_adapter,
+    rank: u64,
+    out: *mut *mut lycore_adapter,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            let (adapter, out) = (held(adapter)?, boundary::out(out, "out")?);
+            let prefix = adapter.adapter.prefix(usize::try_from(rank).unwrap_or(usize::MAX))?;
+            *out = handle::new(Held::new(prefix)).cast();
+            Ok(())
+        })
+    }
+}
+
 /// Frees the handle. NULL is accepted; a second free returns LYCORE_BAD_HANDLE and does nothing. Stacks that use the adapter keep it.
 #[no_mangle]
 pub extern "C" fn lycore_adapter_free(adapter: *mut lycore_adapter) -> lycore_status {
     handle::free::<Held>(adapter.cast())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ffi::status::lycore_status::{LYCORE_NULL_ARGUMENT, LYCORE_OK};
+    use std::ffi::CStr;
+    use std::ptr::null_mut;
+
+    fn text_of(json: &CStr, all: i32) -> Result<String, lycore_status> {
+        let mut text = null_mut();
+        // SAFETY: a C string, and a place for the text.
+        match unsafe { lycore_report_text(json.as_ptr(), all, &mut text, null_mut()) } {
+            LYCORE_OK => {
+                // SAFETY: the library's own text, not yet freed.
+                let copy = unsafe { CStr::from_ptr(text) }.to_str().unwrap().to_owned();
+                assert_eq!(handle::free_text(text), LYCORE_OK);
+                Ok(copy)
+            }
+            status => Err(status),
+        }
+    }
+
+    #[test]
+    fn a_report_becomes_text() {
+        let keys: Vec<String> =
+            (0..12).map(|i| format!(r#"{{"key": "k{i}", "status": "unsupported"}}"#)).collect();
+        let json = CString::new(format!(r#"{{"file": "x", "keys": [{}]}}"#, keys.join(","))).unwrap();
+        let short = text_of(&json, 0).unwrap();
+        assert!(short.starts_with("file       x\n") && short.ends_with("  k9\n  and 2 more\n"), "{short}");
+        assert!(text_of(&json, 1).unwrap().ends_with("  k10\n  k11\n"));
+        for nonsense in [c"", c"{", c"[]", c"3", c"{\"keys\": 1}"] {
+            assert_eq!(text_of(nonsense, 0), Err(LYCORE_BAD_ARGUMENT), "{nonsense:?}");
+        }
+        let mut text = null_mut();
+        // SAFETY: NULL is what the call must refuse.
+        let statuses = unsafe {
+            [
+                lycore_report_text(std::ptr::null(), 0, &mut text, null_mut()),
+                lycore_report_text(c"{}".as_ptr(), 0, null_mut(), null_mut()),
+            ]
+        };
+        assert_eq!(statuses, [LYCORE_NULL_ARGUMENT; 2]);
+    }
 }

@@ -176,7 +176,7 @@ pub unsafe extern "C" fn lycore_stack_new(
 }
 
 /// Registers a weight: fp32, fp16 or bf16, any strides, [out, in] or [out, in / groups, kernel..], under the host's own name (with or
-/// without ".weight"). All weights come before the first adapter. The memory must stay valid until the stack is freed; apply and restore
+/// without ".weight"); or a layer's bias [out], under a name that ends in ".bias"; or a norm's weight [channels]. All weights come before the first adapter. The memory must stay valid until the stack is freed; apply and restore
 /// write it, and from the first apply until restore its content is the stack's: what the host writes meanwhile is lost. The same memory can be
 /// registered once; ranges that overlap in part, and two stacks on one weight, are the caller's to avoid.
 ///
@@ -364,8 +364,9 @@ pub unsafe extern "C" fn lycore_stack_forward(
 }
 
 /// The load report of adapter `id` as JSON: as lycore_adapter_report, with "matched" and "unmatched" in the summary, "target" in every
-/// module (null when it found none; "slice": {"axis", "start", "length"} when it is a part), and "nearest" beside unmatched keys. `json`
-/// becomes a text that the caller frees with lycore_text_free.
+/// module (null when it found none; a list when the model keeps apart what the module has in one; "slice": {"axis", "start", "length"} when it is
+/// a part), "bias" with the target of the layer's bias where the module changes one, and "nearest" beside unmatched keys. `json` becomes a text
+/// that the caller frees with lycore_text_free.
 ///
 /// # Safety
 /// `json` may be written. `error` is NULL or may be written.
@@ -394,7 +395,8 @@ pub extern "C" fn lycore_stack_free(stack: *mut lycore_stack) -> lycore_status {
     handle::free::<Mutex<Stack>>(stack.cast())
 }
 
-/// Merges patches into one weight, in place, in one pass: for hosts that do their own bookkeeping of weights. `name` is used in errors.
+/// Merges patches into one weight, in place, in one pass: for hosts that do their own bookkeeping of weights. `name` is used in errors; one that
+/// ends in ".bias" says that the weight is a layer's bias, and the patches do to it what they do to a bias.
 /// `stream` as in lycore_stack_apply. The patches' memory is not used after the call (on a GPU: after the enqueued work).
 ///
 /// # Safety
@@ -413,14 +415,16 @@ pub unsafe extern "C" fn lycore_weight_merge(
     unsafe {
         boundary::run(error, || {
             let (name, weight) = (boundary::text(name, "name")?, view(weight, "weight")?);
-            let mut ready: Vec<(Op, f64, Option<Slice>)> = Vec::new();
+            let mut ready: Vec<(Vec<Op>, f64, Option<Slice>)> = Vec::new();
             for patch in boundary::array(patches, count, "patches")? {
                 let patch = boundary::sized(patch, "patches")?;
                 ready.push(lower(name, weight.shape(), patch)?);
             }
             let terms: Vec<Term<'_>> = ready
                 .iter()
-                .map(|(op, strength, slice)| Term { op, strength: *strength, slice: *slice })
+                .flat_map(|(ops, strength, slice)| {
+                    ops.iter().map(|op| Term { op, strength: *strength, slice: *slice })
+                })
                 .collect();
             in_scope(weight.device(), stream, || {
                 Ok(crate::merge::merge(name, &weight, &weight, &terms, &mut Default::default())?)
@@ -431,7 +435,7 @@ pub unsafe extern "C" fn lycore_weight_merge(
 
 /// # Safety
 /// The patch's pointers are as its description says.
-unsafe fn lower(name: &str, shape: &[usize], patch: &lycore_patch) -> Outcome<(Op, f64, Option<Slice>)> {
+unsafe fn lower(name: &str, shape: &[usize], patch: &lycore_patch) -> Outcome<(Vec<Op>, f64, Option<Slice>)> {
     // SAFETY: the caller's promises; the tensors are used within the call only, so nothing has to keep them.
     unsafe {
         let names = boundary::array(patch.names, patch.count, "patch.names")?;
@@ -439,7 +443,7 @@ unsafe fn lower(name: &str, shape: &[usize], patch: &lycore_patch) -> Outcome<(O
         let mut group = Group::default();
         for (slot, tensor) in names.iter().zip(tensors) {
             let slot = boundary::text(*slot, "patch.names")?;
-            let Some(slot) = algo::ALL.iter().flat_map(|r| r.knows).find(|known| **known == slot) else {
+            let Some(slot) = algo::known(slot) else {
                 return Err(Error::Unsupported {
                     what: format!("`{name}`: no algorithm has a tensor `{slot}`"),
                     hint: String::new(),
@@ -462,7 +466,11 @@ unsafe fn lower(name: &str, shape: &[usize], patch: &lycore_patch) -> Outcome<(O
                 format!("`{name}`: strength is {}", patch.strength),
             ));
         }
-        let op = algo::read(name, &group)?.lower(name, &region.shape)?;
-        Ok((op, patch.strength, slice))
+        let module = algo::read(name, group)?;
+        let ops = match name.ends_with(".bias") {
+            true => module.lower_bias(name, &region.shape)?,
+            false => module.lower(name, &region.shape)?,
+        };
+        Ok((ops, patch.strength, slice))
     }
 }

@@ -185,7 +185,7 @@ pub fn forward(
     let mut factors = Vec::new();
     for term in terms.iter().filter(|t| t.strength != 0.0) {
         check_slice(name, &layout, term)?;
-        let ready = cpu::prepare(name, weight, term)?;
+        let ready = cpu::prepare(name, &weight_rows, weight, term)?;
         let rows = ready.rows.clone();
         let (up, down, scale) = on_pool(|| ready.into_factors(&weight_rows));
         factors.push(Factors { up, down, scale, rows });

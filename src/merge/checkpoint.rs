@@ -5,13 +5,13 @@
 use super::ops::Term;
 use super::plan::{Binding, Strengths};
 use super::Prepared;
-use crate::adapter::report;
 use crate::adapter::safetensors::{Entry, File, Writer};
 use crate::adapter::Adapter;
 use crate::dtype::{self, Dtype, Float};
 use crate::error::{Error, Result};
 use crate::names::Index;
 use crate::progress::Progress;
+use crate::report;
 use crate::view::{Device, Tensor, View};
 use serde_json::{json, Value};
 use std::path::Path;
@@ -39,21 +39,19 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
     let base = File::open(job.base)?;
     // Only what can be computed is a target; the rest passes through.
     let targets: Vec<&Entry> = base.entries().iter().filter(|e| Float::of(e.dtype).is_some()).collect();
-    let names: Vec<(&str, usize)> =
-        targets.iter().map(|e| (e.name.as_str(), e.shape.first().copied().unwrap_or(0))).collect();
-    let index = Index::new(&names);
     let shapes: Vec<(&str, &[usize])> = targets.iter().map(|e| (e.name.as_str(), &e.shape[..])).collect();
+    let index = Index::new(&shapes);
     let mut bindings = Vec::new();
     for (adapter, strengths) in job.adapters {
         strengths.check()?;
-        bindings.push(Binding::new(adapter, &index, &shapes)?);
+        bindings.push(Binding::new(adapter, &index, &shapes, true)?);
     }
     let mut terms: Vec<Vec<Term<'_>>> = vec![Vec::new(); targets.len()];
     for (binding, (adapter, strengths)) in bindings.iter().zip(job.adapters) {
         for bound in &binding.bound {
             let strength = strengths.of(&adapter.modules()[bound.module].name, bound.part);
             if strength != 0.0 {
-                terms[bound.target].push(Term { op: &bound.op, strength, slice: bound.slice });
+                terms[bound.target].extend(bound.terms(strength));
             }
         }
     }
@@ -62,8 +60,17 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
         (Some(wanted), Some(_)) => wanted.dtype(),
         _ => dtype,
     };
-    let layout: Vec<(String, Dtype, Vec<usize>)> =
+    let mut layout: Vec<(String, Dtype, Vec<usize>)> =
         base.entries().iter().map(|e| (e.name.clone(), out_dtype(e.dtype), e.shape.clone())).collect();
+    let floats = layout.iter_mut().zip(base.entries()).filter(|(_, e)| Float::of(e.dtype).is_some());
+    for (target, ((_, _, shape), _)) in floats.enumerate() {
+        // Where two adapters ask for different sizes, the smaller one's module has been refused or fits in part: the largest holds both.
+        let grown =
+            bindings.iter().filter_map(|b| b.grown(target)).max_by_key(|s| s.iter().product::<usize>());
+        if let Some(grown) = grown.filter(|_| !terms[target].is_empty()) {
+            *shape = grown.to_vec();
+        }
+    }
     let total: u64 = layout.iter().filter_map(|(_, d, s)| dtype::byte_len(*d, s)).map(|n| n as u64).sum();
     let mut metadata = base.metadata().clone();
     metadata.insert("lycore.merged".into(), recipe(metadata.get("lycore.merged"), job));
@@ -73,7 +80,7 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
     let (mut done, mut changed, mut next_target) = (0u64, 0usize, 0usize);
     let mut prepared = Prepared::default();
     progress.at(0, total)?;
-    for (entry, (_, to, _)) in base.entries().iter().zip(&layout) {
+    for (entry, (_, to, shape)) in base.entries().iter().zip(&layout) {
         let own_terms: &[Term<'_>] = if Float::of(entry.dtype).is_some() {
             next_target += 1;
             &terms[next_target - 1]
@@ -88,7 +95,7 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
             }
         } else {
             changed += usize::from(!own_terms.is_empty());
-            let merged = merged(&base, &shared, entry, *to, own_terms, job.device, &mut prepared)?;
+            let merged = merged(&base, &shared, entry, (*to, shape), own_terms, job.device, &mut prepared)?;
             for block in merged.chunks(BLOCK) {
                 writer.write(block)?;
                 done += block.len() as u64;
@@ -116,23 +123,44 @@ fn merged(
     base: &File,
     shared: &Arc<File>,
     entry: &Entry,
-    to: Dtype,
+    (to, shape): (Dtype, &[usize]),
     terms: &[Term<'_>],
     device: Device,
     prepared: &mut Prepared,
 ) -> Result<Vec<u8>> {
     let impossible = || Error::Backend(format!("`{}`: no memory for the merged tensor", entry.name));
-    let size = dtype::byte_len(to, &entry.shape).ok_or_else(impossible)?;
+    let size = dtype::byte_len(to, shape).ok_or_else(impossible)?;
     let mut bytes = Vec::new();
     bytes.try_reserve_exact(size).map_err(|_| impossible())?;
     bytes.resize(size, 0u8);
     // SAFETY: the mapped bytes live as long as `shared`.
     let from = unsafe { Tensor::of_bytes(base.bytes(entry), entry.dtype, &entry.shape, shared.clone()) };
     let from = from.ok_or_else(impossible)?;
+    let from = if shape == entry.shape { from } else { padded(&from, shape).ok_or_else(impossible)? };
     // SAFETY: the view shows `bytes`, which is neither moved nor touched until the merge is done.
-    let out = unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, to, &entry.shape, None)? };
+    let out = unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, to, shape, None)? };
     super::merge_on(device, &entry.name, &from, &out, terms, prepared)?;
     Ok(bytes)
+}
+
+/// The tensor with zeros at the end of its axes up to `shape`.
+fn padded(from: &Tensor, shape: &[usize]) -> Option<Tensor> {
+    let (bytes, size) = (from.bytes()?, dtype::byte_len(from.dtype(), &[1])?);
+    let (&own, &wide) = (from.shape().last()?, shape.last()?);
+    let mut out = Vec::new();
+    out.try_reserve_exact(dtype::byte_len(from.dtype(), shape)?).ok()?;
+    out.resize(dtype::byte_len(from.dtype(), shape)?, 0u8);
+    // Rows along the last axis lie together in both; the other axes tell where.
+    for (i, row) in bytes.chunks_exact((own * size).max(1)).enumerate() {
+        let (mut rest, mut at, mut step) = (i, 0, wide * size);
+        for axis in (0..shape.len() - 1).rev() {
+            at += rest % from.shape()[axis] * step;
+            rest /= from.shape()[axis];
+            step *= shape[axis];
+        }
+        out[at..at + row.len()].copy_from_slice(row);
+    }
+    Tensor::of_vec(out, from.dtype(), shape)
 }
 
 /// What was merged, for the output's metadata; earlier merges stay listed.

@@ -2,6 +2,7 @@
 
 use super::gemm::{add_product, on_pool, Mat};
 use super::ops::{Op, Region, Term};
+use super::whole;
 use crate::error::{Error, Result};
 use crate::view::{Rows, Tensor, View};
 use rayon::prelude::*;
@@ -33,6 +34,15 @@ enum Parts {
     Rows(Vec<f32>),
     /// One value per column of the region.
     Cols(Vec<f32>),
+    /// W @ a1 @ a2 over the input channels, each tap of the kernel alike.
+    Right {
+        a1: Vec<f32>,
+        a2: Vec<f32>,
+        rank: usize,
+        taps: usize,
+    },
+    /// What W becomes.
+    Towards(Vec<f32>),
 }
 
 struct Pair {
@@ -55,7 +65,7 @@ pub fn merge(name: &str, base: &View, out: &View, terms: &[Term<'_>]) -> Result<
     let ready = terms
         .iter()
         .filter(|term| term.strength != 0.0)
-        .map(|term| prepare(name, base.shape(), term))
+        .map(|term| prepare(name, &from, base.shape(), term))
         .collect::<Result<Vec<_>>>()?;
     let in_place = base.data() == out.data();
     if from.rows == 0 || from.cols == 0 || (ready.is_empty() && in_place && from.float() == to.float()) {
@@ -93,9 +103,24 @@ pub fn merge(name: &str, base: &View, out: &View, terms: &[Term<'_>]) -> Result<
     Ok(())
 }
 
-/// Reads a term's factors and checks that they fill its region.
-pub(super) fn prepare(name: &str, shape: &[usize], term: &Term<'_>) -> Result<Ready> {
-    let Region { rows, cols, shape } = Region::of(name, shape, term.slice)?;
+/// Reads a term's factors and checks that they fill its region. `base` is the pristine weight, of this shape; what needs more of it than
+/// one row at a time is computed here.
+pub(super) fn prepare(name: &str, base: &Rows, shape: &[usize], term: &Term<'_>) -> Result<Ready> {
+    prepare_in(name, base, &Region::of(name, shape, term.slice)?, term)
+}
+
+/// As [`prepare`], in the region that the term's slice names.
+pub(super) fn prepare_in(name: &str, base: &Rows, region: &Region, term: &Term<'_>) -> Result<Ready> {
+    let (parts, scale) = match whole::delta(name, term, base, region)? {
+        Some(delta) => (Parts::Dense(delta), 1.0),
+        None => (factors(name, term.op, region)?, term.coefficient(name)?),
+    };
+    Ok(Ready { parts, scale, rows: region.rows.clone(), cols: region.cols.clone() })
+}
+
+/// Reads the factors of an op that works row by row.
+fn factors(name: &str, op: &Op, region: &Region) -> Result<Parts> {
+    let Region { rows, cols, shape } = region;
     let fits = |size: [usize; 2]| match size == [rows.len(), cols.len()] {
         true => Ok(()),
         false => Err(Error::Shape {
@@ -109,7 +134,7 @@ pub(super) fn prepare(name: &str, shape: &[usize], term: &Term<'_>) -> Result<Re
         fits([up.shape()[0], down.shape()[1]])?;
         Ok(Pair { rank: up.shape()[1], up: up.to_f32(name)?, down: down.to_f32(name)? })
     };
-    let parts = match term.op {
+    Ok(match op {
         Op::LowRank(op) => Parts::LowRank(pair(&op.up, &op.down)?),
         Op::Hadamard(op) => {
             let [(up1, down1), (up2, down2)] = &op.pairs;
@@ -136,8 +161,21 @@ pub(super) fn prepare(name: &str, shape: &[usize], term: &Term<'_>) -> Result<Re
             let v = op.v.to_f32(name)?;
             Parts::Cols(v.iter().flat_map(|&v| std::iter::repeat_n(v, kernel)).collect())
         }
-    };
-    Ok(Ready { parts, scale: term.coefficient(name)?, rows, cols })
+        Op::RightLowRank(op) => {
+            let taps = shape.iter().skip(2).product();
+            fits([rows.len(), op.a1.shape()[0] * taps])?;
+            fits([rows.len(), op.a2.shape()[1] * taps])?;
+            let (a1, a2) = (op.a1.to_f32(name)?, op.a2.to_f32(name)?);
+            Parts::Right { a1, a2, rank: op.a1.shape()[1], taps }
+        }
+        Op::Replace(op) => {
+            fits([op.value.shape()[0], op.value.shape()[1]])?;
+            Parts::Towards(op.value.to_f32(name)?)
+        }
+        Op::Rotate(_) | Op::Decompose(_) | Op::Principal(_) => {
+            return Err(Error::Backend(format!("`{name}`: {op:?} does not work row by row")))
+        }
+    })
 }
 
 impl Ready {
@@ -155,7 +193,7 @@ impl Ready {
 
     /// Adds the delta of `rows` (of the weight, all inside the region) to `sum`, whose rows are `stride` long; the region's columns begin
     /// at `at`. Only a term that multiplies W reads `base`.
-    fn add(&self, sum: &mut [f32], stride: usize, at: usize, rows: Range<usize>, base: &Rows) {
+    pub(super) fn add(&self, sum: &mut [f32], stride: usize, at: usize, rows: Range<usize>, base: &Rows) {
         let first = rows.start - self.rows.start;
         let width = self.cols.len();
         let product = |out: &mut [f32], stride, at, scale, pair: &Pair| {
@@ -176,6 +214,31 @@ impl Ready {
             return;
         }
         let mut row = vec![0f32; base.cols];
+        if let Parts::Right { a1, a2, rank, taps } = &self.parts {
+            // A row of W is [I, taps]; seen as [taps, I] each tap is a row of the product.
+            let (channels, count) = (width / taps, rows.len() * taps);
+            let mut left = vec![0f32; count * channels];
+            for (i, r) in rows.clone().enumerate() {
+                base.read(r, &mut row);
+                for (c, values) in row[self.cols.clone()].chunks_exact(*taps).enumerate() {
+                    for (t, value) in values.iter().enumerate() {
+                        left[(i * taps + t) * channels + c] = *value;
+                    }
+                }
+            }
+            let (mut thin, mut delta) = (vec![0f32; count * rank], vec![0f32; count * channels]);
+            let (left, a1) = (Mat::new(&left, count, channels), Mat::new(a1, channels, *rank));
+            add_product(&mut thin, *rank, 0, 1.0, left, a1, false);
+            let (thin, a2) = (Mat::new(&thin, count, *rank), Mat::new(a2, *rank, channels));
+            add_product(&mut delta, channels, 0, self.scale, thin, a2, false);
+            for (i, delta) in delta.chunks_exact(taps * channels).enumerate() {
+                let out = &mut sum[i * stride + at..][..width];
+                for (k, out) in out.iter_mut().enumerate() {
+                    *out += delta[k % taps * channels + k / taps];
+                }
+            }
+            return;
+        }
         for (i, r) in rows.enumerate() {
             let (out, own) = (&mut sum[i * stride + at..][..width], first + i);
             match &self.parts {
@@ -201,7 +264,12 @@ impl Ready {
                     let base = &row[self.cols.clone()];
                     out.iter_mut().zip(base).zip(v).for_each(|((o, w), v)| *o += self.scale * v * w);
                 }
-                Parts::LowRank(_) | Parts::Hadamard(_) => {}
+                Parts::Towards(value) => {
+                    base.read(r, &mut row);
+                    let (value, base) = (&value[own * width..][..width], &row[self.cols.clone()]);
+                    out.iter_mut().zip(value).zip(base).for_each(|((o, v), w)| *o += self.scale * (v - w));
+                }
+                Parts::LowRank(_) | Parts::Hadamard(_) | Parts::Right { .. } => {}
             }
         }
     }

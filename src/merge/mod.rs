@@ -10,6 +10,7 @@ pub mod restore;
 pub mod stack;
 #[cfg(feature = "torch")]
 pub mod torch;
+mod whole;
 
 use crate::error::{Error, Result};
 use crate::view::{Device, View};

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::view::{Slice, Tensor};
 use std::ops::Range;
 
-/// What one module does to one weight. `s` is the user's strength.
+/// What one module does to one weight. `s` is the user's strength, W the pristine weight.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Op {
@@ -20,6 +20,16 @@ pub enum Op {
     Dense(Dense),
     /// Multiplies rows or input channels.
     Scale(Scale),
+    /// Adds the weight itself times a thin product.
+    RightLowRank(RightLowRank),
+    /// Turns rows or columns in blocks.
+    Rotate(Rotate),
+    /// Sets the norm of every row or input channel, after adding what is inside.
+    Decompose(Decompose),
+    /// Moves the weight towards another one.
+    Replace(Replace),
+    /// Adds the weight's own leading singular directions.
+    Principal(Principal),
 }
 
 /// `W += s * scale * up @ down`
@@ -53,11 +63,13 @@ pub struct Kron {
     pub scale: f64,
 }
 
-/// `W += s * diff`
+/// `W += s * scale * diff`
 #[derive(Debug, Clone)]
 pub struct Dense {
     /// [O, C]
     pub diff: Tensor,
+    /// The file's own factor.
+    pub scale: f64,
 }
 
 /// `W += s * W o v`, v along an axis of the weight
@@ -67,6 +79,197 @@ pub struct Scale {
     pub v: Tensor,
     /// 0: one value per row; 1: one per input channel.
     pub axis: usize,
+}
+
+/// `W += s * scale * W @ a1 @ a2` along the input channels, for each tap of a kernel alike
+#[derive(Debug, Clone)]
+pub struct RightLowRank {
+    /// [I, r]
+    pub a1: Tensor,
+    /// [r, I]
+    pub a2: Tensor,
+    /// The file's own factor, alpha / rank.
+    pub scale: f64,
+}
+
+/// `W += s * (rescale o T(W) - W)`, T the stages one after the other; or, with `interpolate`, every stage is `s * R + (1 - s) * I` and the
+/// rescaling `1 + s * (rescale - 1)`.
+#[derive(Debug, Clone)]
+pub struct Rotate {
+    /// In the order in which they are applied; all of one size.
+    pub stages: Vec<Stage>,
+    /// [O], one factor per row.
+    pub rescale: Option<Tensor>,
+    /// 0: rows are turned; 1: columns.
+    pub axis: usize,
+    /// Whether the strength acts in every stage.
+    pub interpolate: bool,
+}
+
+/// One stage of a [`Rotate`]: rows (or columns) x become `block @ x` in consecutive groups.
+#[derive(Debug, Clone)]
+pub struct Stage {
+    /// Each [n, b, b] turns the next n * b rows, in f32.
+    pub blocks: Vec<Tensor>,
+    /// Which row stands at each position of the groups; `None`: its own.
+    pub order: Option<Vec<usize>>,
+}
+
+/// `W += s * (V o magnitude / |V| - W)`, `V = W + ` what is inside, at strength 1; |V| along the axis. Rows of norm 0 become 0.
+#[derive(Debug, Clone)]
+pub struct Decompose {
+    /// Ops that do not read W.
+    pub inside: Vec<Op>,
+    /// [O] or [I]
+    pub magnitude: Tensor,
+    /// 0: one norm per row; 1: one per input channel.
+    pub axis: usize,
+}
+
+/// `W += s * (value - W)`
+#[derive(Debug, Clone)]
+pub struct Replace {
+    /// [O, C]
+    pub value: Tensor,
+}
+
+/// `W += s * scale * W_r`, W_r the nearest matrix of this rank to W
+#[derive(Debug, Clone)]
+pub struct Principal {
+    /// How many singular values.
+    pub rank: usize,
+    /// The file's own factor.
+    pub scale: f64,
+}
+
+impl Op {
+    /// The file's own factor.
+    pub fn scale(&self) -> f64 {
+        match self {
+            Op::LowRank(op) => op.scale,
+            Op::Hadamard(op) => op.scale,
+            Op::Kron(op) => op.scale,
+            Op::Dense(op) => op.scale,
+            Op::RightLowRank(op) => op.scale,
+            Op::Principal(op) => op.scale,
+            Op::Scale(_) | Op::Rotate(_) | Op::Decompose(_) | Op::Replace(_) => 1.0,
+        }
+    }
+
+    /// Multiplies the delta; `None` where a factor on the delta has no meaning.
+    pub fn scaled(mut self, by: f64) -> Option<Self> {
+        match &mut self {
+            Op::LowRank(op) => op.scale *= by,
+            Op::Hadamard(op) => op.scale *= by,
+            Op::Kron(op) => op.scale *= by,
+            Op::Dense(op) => op.scale *= by,
+            Op::RightLowRank(op) => op.scale *= by,
+            Op::Principal(op) => op.scale *= by,
+            Op::Scale(_) | Op::Rotate(_) | Op::Decompose(_) | Op::Replace(_) => return None,
+        }
+        Some(self)
+    }
+
+    /// Whether the delta depends on the weight.
+    pub fn reads_weight(&self) -> bool {
+        !matches!(self, Op::LowRank(_) | Op::Hadamard(_) | Op::Kron(_) | Op::Dense(_))
+    }
+
+    /// What the op does to these rows of its weight, as an op on them alone: for a host that keeps apart what the module has in one.
+    pub fn rows(&self, module: &str, rows: &Range<usize>) -> Result<Op> {
+        let cut = |tensor: &Tensor| {
+            tensor.rows(rows.clone()).ok_or_else(|| {
+                let what =
+                    format!("`{module}`: rows {rows:?} are outside a factor of shape {:?}", tensor.shape());
+                Error::argument(what, "factors must be contiguous")
+            })
+        };
+        let refuse = |what: &str| {
+            Err(Error::Unsupported {
+                what: format!("`{module}`: {what}, and the model keeps its parts in separate weights"),
+                hint: "merge it into a model that has the weight in one piece".into(),
+            })
+        };
+        Ok(match self {
+            Op::LowRank(op) => Op::LowRank(LowRank { up: cut(&op.up)?, ..op.clone() }),
+            Op::Hadamard(op) => {
+                let [(up1, down1), (up2, down2)] = &op.pairs;
+                let pairs = [(cut(up1)?, down1.clone()), (cut(up2)?, down2.clone())];
+                Op::Hadamard(Hadamard { pairs, ..op.clone() })
+            }
+            Op::Kron(op) => op.rows(module, rows)?,
+            Op::Dense(op) => Op::Dense(Dense { diff: cut(&op.diff)?, ..op.clone() }),
+            Op::Replace(op) => Op::Replace(Replace { value: cut(&op.value)? }),
+            Op::Scale(op) if op.axis == 0 => Op::Scale(Scale { v: cut(&op.v)?, axis: 0 }),
+            Op::Scale(_) | Op::RightLowRank(_) => self.clone(),
+            Op::Decompose(op) if op.axis == 0 => {
+                let inside = op.inside.iter().map(|op| op.rows(module, rows)).collect::<Result<_>>()?;
+                Op::Decompose(Decompose { inside, magnitude: cut(&op.magnitude)?, axis: 0 })
+            }
+            Op::Decompose(_) => return refuse("its norms run over all rows of the weight"),
+            Op::Principal(_) => return refuse("it needs the singular values of the whole weight"),
+            Op::Rotate(op) => {
+                let rescale = op.rescale.as_ref().map(cut).transpose()?;
+                let stages = match (op.axis, op.stages.as_slice()) {
+                    (0, [stage]) => match stage.rows(rows) {
+                        Some(stage) => vec![stage],
+                        None => return refuse("it turns rows of several parts together"),
+                    },
+                    (0, _) => return refuse("it turns rows of several parts together"),
+                    _ => op.stages.clone(),
+                };
+                Op::Rotate(Rotate { stages, rescale, ..op.clone() })
+            }
+        })
+    }
+}
+
+impl Kron {
+    /// Whole blocks of w2 stay a Kronecker product; other rows are written out.
+    fn rows(&self, module: &str, rows: &Range<usize>) -> Result<Op> {
+        let c = self.w2.shape()[0].max(1);
+        if rows.start % c == 0 && rows.end % c == 0 {
+            if let Some(w1) = self.w1.rows(rows.start / c..rows.end / c) {
+                return Ok(Op::Kron(Kron { w1, ..self.clone() }));
+            }
+        }
+        let (b, d) = (self.w1.shape()[1], self.w2.shape()[1]);
+        let (w1, w2) = (self.w1.to_f32(module)?, self.w2.to_f32(module)?);
+        let mut diff = Vec::with_capacity(rows.len() * b * d);
+        for r in rows.clone() {
+            for u in &w1[r / c * b..][..b] {
+                diff.extend(w2[r % c * d..][..d].iter().map(|w| u * w));
+            }
+        }
+        Ok(Op::Dense(Dense { diff: Tensor::of_f32(diff, &[rows.len(), b * d]), scale: self.scale }))
+    }
+}
+
+impl Stage {
+    /// The stage on these rows alone, when blocks end at both ends of them.
+    fn rows(&self, rows: &Range<usize>) -> Option<Stage> {
+        if self.order.is_some() {
+            return None;
+        }
+        let (mut at, mut blocks) = (0, Vec::new());
+        for group in &self.blocks {
+            let (n, b) = (group.shape()[0], group.shape()[1]);
+            let (start, end) = (rows.start.clamp(at, at + n * b) - at, rows.end.clamp(at, at + n * b) - at);
+            if start % b != 0 || end % b != 0 {
+                return None;
+            }
+            if start < end {
+                blocks.push(group.rows(start / b..end / b)?);
+            }
+            at += n * b;
+        }
+        Some(Stage { blocks, order: None })
+    }
+
+    /// How many rows (or columns) it turns.
+    pub fn size(&self) -> usize {
+        self.blocks.iter().map(|group| group.shape()[0] * group.shape()[1]).sum()
+    }
 }
 
 /// One op at one strength on all of a target or on a slice of it.
@@ -120,12 +323,7 @@ impl Region {
 impl Term<'_> {
     /// The user's number times the file's own factor, as the executors compute with it.
     pub fn coefficient(&self, name: &str) -> Result<f32> {
-        let scale = match self.op {
-            Op::LowRank(op) => op.scale,
-            Op::Hadamard(op) => op.scale,
-            Op::Kron(op) => op.scale,
-            Op::Dense(_) | Op::Scale(_) => 1.0,
-        };
+        let scale = self.op.scale();
         let product = (self.strength * scale) as f32;
         match product.is_finite() {
             true => Ok(product),

@@ -1,13 +1,14 @@
 //! Adapters x targets -> work: which module changes which weight, and what keeps the others from doing so.
 
-use super::ops::{Op, Region};
-use crate::adapter::Adapter;
+use super::ops::{Op, Region, Term};
+use crate::adapter::{Adapter, Module};
+use crate::algo::is_bias;
 use crate::error::{Error, Result};
-use crate::names::{part_of, Index, Part};
+use crate::names::{part_of, Index, Part, Piece};
 use crate::view::Slice;
 use std::collections::HashMap;
 
-/// One module that found its weight.
+/// One module on one place of one weight.
 #[derive(Debug)]
 pub struct Bound {
     /// Index into [`Adapter::modules`].
@@ -16,13 +17,20 @@ pub struct Bound {
     pub target: usize,
     /// The part of the target, if not all of it.
     pub slice: Option<Slice>,
-    /// What it does there.
-    pub op: Op,
+    /// What it does there, all on the pristine weight.
+    pub ops: Vec<Op>,
     /// Which of the user's strengths applies.
     pub part: Part,
 }
 
-/// Why a readable module is not applied.
+impl Bound {
+    /// The work of this module at the user's strength.
+    pub fn terms(&self, strength: f64) -> impl Iterator<Item = Term<'_>> {
+        self.ops.iter().map(move |op| Term { op, strength, slice: self.slice })
+    }
+}
+
+/// Why a readable module, or its bias, is not applied.
 #[derive(Debug)]
 pub enum Problem {
     /// No target has its name.
@@ -37,44 +45,47 @@ pub enum Problem {
     },
 }
 
+/// A place in the host: the target's name, and the part of it if not all.
+pub type Place = (String, Option<Slice>);
+
 /// An adapter matched with a set of targets.
 #[derive(Debug, Default)]
 pub struct Binding {
-    /// The modules that found their weights.
+    /// What found its weight.
     pub bound: Vec<Bound>,
-    problems: HashMap<String, Problem>,
-    found: HashMap<usize, (String, Option<Slice>)>,
+    /// By module; the second is about its bias.
+    problems: HashMap<String, [Option<Problem>; 2]>,
+    /// By module, and whether it is its bias.
+    found: HashMap<(usize, bool), Vec<Place>>,
+    grown: HashMap<usize, Vec<usize>>,
+    may_grow: bool,
 }
 
 impl Binding {
     /// Matches every module of `adapter` with `targets` (name and shape). An adapter of which nothing matches is an error.
-    pub fn new(adapter: &Adapter, index: &Index, targets: &[(&str, &[usize])]) -> Result<Self> {
-        let mut binding = Binding::default();
+    /// `may_grow`: whether the weights can be given another shape.
+    pub fn new(
+        adapter: &Adapter,
+        index: &Index,
+        targets: &[(&str, &[usize])],
+        may_grow: bool,
+    ) -> Result<Self> {
+        let mut binding = Binding { may_grow, ..Binding::default() };
         for (i, module) in adapter.modules().iter().enumerate() {
-            let Some((target, slice)) = index.resolve(&module.name) else {
-                let nearest = index.nearest(&module.name);
-                binding.problems.insert(module.name.clone(), Problem::Unmatched { nearest });
-                continue;
-            };
-            let (name, shape) = targets[target];
-            let lowered = Region::of(name, shape, slice)
-                .and_then(|region| module.algorithm.lower(&module.name, &region.shape));
-            match lowered {
-                Ok(_) if binding.bound.iter().any(|b| b.target == target && b.slice == slice) => {
-                    let why =
-                        format!("another module of this file changes the same weight (target `{name}`)");
-                    binding.problems.insert(module.name.clone(), Problem::Misfit { why });
+            let changes = module.algorithm.changes();
+            if changes.weight {
+                if let Err(problem) = binding.bind(i, module, false, index, targets) {
+                    binding.problems.entry(module.name.clone()).or_default()[0] = Some(problem);
                 }
-                Ok(op) => {
-                    let part = part_of(&module.name, name);
-                    binding.bound.push(Bound { module: i, target, slice, op, part });
-                    binding.found.insert(i, (name.to_owned(), slice));
-                }
-                Err(e) => {
-                    binding.problems.insert(
-                        module.name.clone(),
-                        Problem::Misfit { why: format!("{e} (target `{name}`)") },
-                    );
+            }
+            if changes.bias {
+                let own = module.algorithm.tensors().iter().any(|(slot, _)| is_bias(slot));
+                match binding.bind(i, module, true, index, targets) {
+                    Err(problem) if own => {
+                        binding.problems.entry(module.name.clone()).or_default()[1] = Some(problem);
+                    }
+                    // A layer without a bias has nothing to scale.
+                    _ => {}
                 }
             }
         }
@@ -84,20 +95,69 @@ impl Binding {
         Ok(binding)
     }
 
-    /// Why this module is not applied; `None` when it is.
-    pub fn problem(&self, module: &str) -> Option<&Problem> {
-        self.problems.get(module)
+    /// Finds the places of one module's weight or bias; all or none.
+    fn bind(
+        &mut self,
+        i: usize,
+        module: &Module,
+        bias: bool,
+        index: &Index,
+        targets: &[(&str, &[usize])],
+    ) -> std::result::Result<(), Problem> {
+        let name = if bias { format!("{}.bias", module.name) } else { module.name.clone() };
+        let pieces =
+            index.resolve(&name).ok_or_else(|| Problem::Unmatched { nearest: index.nearest(&name) })?;
+        let mut bound = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            let (target, shape) = targets[piece.target];
+            let misfit = |why: String| Problem::Misfit { why: format!("{why} (target `{target}`)") };
+            if self.bound.iter().any(|b| b.target == piece.target && overlap(b.slice, piece.slice)) {
+                return Err(misfit("another module of this file changes the same weight".into()));
+            }
+            let grown =
+                module.algorithm.grown().filter(|to| !bias && piece.slice.is_none() && grows(shape, to));
+            if let Some(grown) = grown.filter(|_| !self.may_grow) {
+                let why = format!(
+                    "the weight must first grow from {shape:?} to {grown:?}, which only a checkpoint's can"
+                );
+                return Err(misfit(why));
+            }
+            let shape = grown.unwrap_or(shape);
+            let ops = lower(module, bias, target, shape, &piece).map_err(|e| misfit(e.to_string()))?;
+            if !ops.is_empty() {
+                let part = part_of(&module.name, target);
+                bound.push(Bound { module: i, target: piece.target, slice: piece.slice, ops, part });
+            }
+            if shape != targets[piece.target].1 {
+                self.grown.insert(piece.target, shape.to_vec());
+            }
+        }
+        let places = bound.iter().map(|b| (targets[b.target].0.to_owned(), b.slice)).collect();
+        self.found.insert((i, bias), places);
+        self.bound.extend(bound);
+        Ok(())
     }
 
-    /// The target that module `i` changes, and the part of it.
-    pub fn target(&self, module: usize) -> Option<(&str, Option<Slice>)> {
-        self.found.get(&module).map(|(name, slice)| (name.as_str(), *slice))
+    /// Why this module's weight (or with `bias` its bias) is not changed; `None` when it is.
+    pub fn problem(&self, module: &str, bias: bool) -> Option<&Problem> {
+        self.problems.get(module)?[usize::from(bias)].as_ref()
+    }
+
+    /// The places of the weight (or with `bias` of the bias) that module `i` changes.
+    pub fn places(&self, module: usize, bias: bool) -> &[Place] {
+        self.found.get(&(module, bias)).map_or(&[], |places| places)
+    }
+
+    /// The shape to which a target must grow before it is merged; `None` when it stays as it is.
+    pub fn grown(&self, target: usize) -> Option<&[usize]> {
+        self.grown.get(&target).map(|shape| &shape[..])
     }
 
     fn nothing_matches(&self, adapter: &Adapter, targets: &[(&str, &[usize])]) -> Error {
         let count = adapter.modules().len();
         let first = adapter.modules().first().map_or("", |m| m.name.as_str());
-        let (what, hint) = match self.problems.get(first) {
+        let problem = self.problem(first, false).or(self.problem(first, true));
+        let (what, hint) = match problem {
             Some(Problem::Misfit { why }) => (format!("none of {count} modules fits; the first: {why}"), ""),
             Some(Problem::Unmatched { nearest: Some(nearest) }) => (
                 format!(
@@ -110,6 +170,44 @@ impl Binding {
         };
         let hint = if hint.is_empty() { "is the adapter made for this model?" } else { hint };
         Error::Key { key: first.to_owned(), file: Some(adapter.path().to_owned()), what, hint: hint.into() }
+    }
+}
+
+/// What a module does to one piece of the host.
+fn lower(module: &Module, bias: bool, target: &str, shape: &[usize], piece: &Piece) -> Result<Vec<Op>> {
+    let mut region = Region::of(target, shape, piece.slice)?;
+    let lower = |shape: &[usize]| match bias {
+        true => module.algorithm.lower_bias(&module.name, shape),
+        false => module.algorithm.lower(&module.name, shape),
+    };
+    let Some(part) = piece.rows else { return lower(&region.shape) };
+    // The module is made for a weight of which the target is these rows.
+    let rows = region.shape.first().copied().unwrap_or(0);
+    let total = rows.checked_mul(part.of).filter(|total| part.count > 0 && total % part.count == 0);
+    let misfit = || Error::Shape {
+        tensor: module.name.clone(),
+        what: format!("the target cannot be {} of {} parts of the module's weight", part.count, part.of),
+        expected: vec![part.count, part.of],
+        got: shape.to_vec(),
+    };
+    let total = total.ok_or_else(misfit)? / part.count;
+    region.shape[0] = total;
+    let start = total / part.of * part.first;
+    lower(&region.shape)?.iter().map(|op| op.rows(&module.name, &(start..start + rows))).collect()
+}
+
+/// Whether `to` is `from` with some axes longer.
+fn grows(from: &[usize], to: &[usize]) -> bool {
+    from.len() == to.len() && from.iter().zip(to).all(|(a, b)| a <= b) && from != to
+}
+
+/// Whether two parts of one weight have an element in common.
+fn overlap(a: Option<Slice>, b: Option<Slice>) -> bool {
+    match (a, b) {
+        (Some(a), Some(b)) if a.axis == b.axis => {
+            a.start < b.start.saturating_add(b.len) && b.start < a.start.saturating_add(a.len)
+        }
+        _ => true,
     }
 }
 

@@ -5,11 +5,12 @@ use super::ops::{Region, Term};
 use super::plan::{Binding, Strengths};
 use super::restore::{Backup, BackupPlace};
 use super::Prepared;
-use crate::adapter::{report, Adapter};
+use crate::adapter::Adapter;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::names::Index;
 use crate::progress::Progress;
+use crate::report;
 use crate::view::{Device, Slice, View};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -127,11 +128,8 @@ impl Stack {
     pub fn add_adapter(&mut self, adapter: Arc<Adapter>, strengths: Strengths) -> Result<AdapterId> {
         strengths.check()?;
         let index = self.index.get_or_insert_with(|| {
-            let names: Vec<(&str, usize)> = self
-                .targets
-                .iter()
-                .map(|t| (t.name.as_str(), t.weight.shape().first().copied().unwrap_or(0)))
-                .collect();
+            let names: Vec<(&str, &[usize])> =
+                self.targets.iter().map(|t| (t.name.as_str(), t.weight.shape())).collect();
             let mut index = Index::new(&names);
             for (spelling, target, slice) in &self.aliases {
                 index.add_alias(spelling, *target, *slice);
@@ -140,7 +138,7 @@ impl Stack {
         });
         let targets: Vec<(&str, &[usize])> =
             self.targets.iter().map(|t| (t.name.as_str(), t.weight.shape())).collect();
-        let binding = Binding::new(&adapter, index, &targets)?;
+        let binding = Binding::new(&adapter, index, &targets, false)?;
         let id = self.next;
         self.next += 1;
         self.entries.push(Entry { id, adapter, binding, strengths });
@@ -219,9 +217,9 @@ impl Stack {
                 .iter()
                 .filter_map(|(id, bound, strength)| {
                     let entry = self.entries.iter().find(|e| e.id == *id)?;
-                    let bound = &entry.binding.bound[*bound];
-                    Some(Term { op: &bound.op, strength: *strength, slice: bound.slice })
+                    Some(entry.binding.bound[*bound].terms(*strength))
                 })
+                .flatten()
                 .collect();
             if terms.is_empty() {
                 backup.write_back(&target.name, &target.weight)?;
@@ -262,10 +260,9 @@ impl Stack {
             .entries
             .iter()
             .flat_map(|entry| {
-                entry.binding.bound.iter().filter(|b| b.target == at).map(|bound| Term {
-                    op: &bound.op,
-                    strength: entry.strengths.of(&entry.adapter.modules()[bound.module].name, bound.part),
-                    slice: bound.slice,
+                entry.binding.bound.iter().filter(|b| b.target == at).flat_map(|bound| {
+                    let module = &entry.adapter.modules()[bound.module].name;
+                    bound.terms(entry.strengths.of(module, bound.part))
                 })
             })
             .collect();

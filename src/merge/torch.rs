@@ -3,7 +3,7 @@
 //! Sums run in fp32 with TF32 off (`torch_ext::Scope` around every call from outside) and are rounded once by the final copy.
 
 use super::bypass::{self, Geometry, Layout};
-use super::ops::{Op, Region, Term};
+use super::ops::{Op, Region, Rotate, Term};
 use super::restore::BackupPlace;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -81,11 +81,8 @@ pub fn merge(
         let sum = from.f_to_device(tch::Device::Cuda(device))?.f_to_kind(Kind::Float)?;
         let fresh = sum.data_ptr() != from.data_ptr();
         let sum = if fresh { sum } else { packed(&sum, sum.device())? }.f_reshape([rows, -1])?;
-        let pristine = terms
-            .iter()
-            .any(|t| matches!(t.op, Op::Scale(_)))
-            .then(|| packed(&sum, sum.device()))
-            .transpose()?;
+        let pristine =
+            terms.iter().any(|t| t.op.reads_weight()).then(|| packed(&sum, sum.device())).transpose()?;
         for term in terms {
             let Region { rows, cols, .. } = Region::of(name, base.shape(), term.slice)?;
             let region = |of: &Torch| {
@@ -107,7 +104,7 @@ pub fn merge(
 }
 
 /// strength * delta of a term that is no plain product, as the matrix of its region. `base` is that part of the pristine weight, for the
-/// terms that multiply it.
+/// terms that read it.
 fn delta(
     name: &str,
     term: &Term<'_>,
@@ -118,6 +115,8 @@ fn delta(
     let product = |up: &Tensor, down: &Tensor, factors: &mut Factors| {
         Ok::<_, Error>(factors.get(up, device)?.f_matmul(&factors.get(down, device)?)?)
     };
+    let base =
+        || base.ok_or_else(|| Error::Backend(format!("`{name}`: a term that reads the weight has none")));
     let delta = match term.op {
         Op::LowRank(op) => product(&op.up, &op.down, factors)?,
         Op::Hadamard(op) => {
@@ -127,19 +126,101 @@ fn delta(
         Op::Kron(op) => factors.get(&op.w1, device)?.f_kron(&factors.get(&op.w2, device)?)?,
         Op::Dense(op) => factors.get(&op.diff, device)?,
         Op::Scale(op) => {
-            let base =
-                base.ok_or_else(|| Error::Backend("a term that multiplies the weight has no weight".into()))?;
-            let v = factors.get(&op.v, device)?;
-            let v = match op.axis {
-                0 => v.f_unsqueeze(1)?,
-                _ => v
-                    .f_repeat_interleave_self_int(base.size()[1] / op.v.count() as i64, 0, None)?
-                    .f_unsqueeze(0)?,
+            let v = spread(&factors.get(&op.v, device)?, op.axis, base()?)?;
+            base()?.f_mul(&v)?
+        }
+        Op::RightLowRank(op) => {
+            let (rows, channels) = (base()?.size()[0], op.a1.shape()[0] as i64);
+            // [rows, I, taps] with the channels last, so that each tap is a row of the product.
+            let left = base()?.f_reshape([rows, channels, -1])?.f_transpose(1, 2)?;
+            let (a1, a2) = (factors.get(&op.a1, device)?, factors.get(&op.a2, device)?);
+            left.f_matmul(&a1)?.f_matmul(&a2)?.f_transpose(1, 2)?.f_reshape(base()?.size())?
+        }
+        Op::Replace(op) => factors.get(&op.value, device)?.f_sub(base()?)?,
+        Op::Rotate(op) if op.interpolate => {
+            return Ok(rotated(op, term.strength, base()?, device, factors)?.f_sub(base()?)?);
+        }
+        Op::Rotate(op) => rotated(op, 1.0, base()?, device, factors)?.f_sub(base()?)?,
+        Op::Decompose(op) => {
+            let mut v = base()?.shallow_clone();
+            for inner in &op.inside {
+                let inner = Term { op: inner, strength: 1.0, slice: None };
+                v = v.f_add(&delta(name, &inner, None, device, factors)?)?;
+            }
+            // Per row the other axis is all columns; per channel it is the rows and the taps of the kernel.
+            let count = op.magnitude.count() as i64;
+            let grid = if op.axis == 0 { v.f_unsqueeze(0)? } else { v.f_reshape([v.size()[0], count, -1])? };
+            let squares = grid.f_to_kind(Kind::Double)?.f_square()?;
+            let norm = squares.f_sum_dim_intlist(&[0i64, 2][..], false, Kind::Double)?.f_sqrt()?;
+            let magnitude = factors.get(&op.magnitude, device)?.f_to_kind(Kind::Double)?;
+            let zero = norm.f_zeros_like()?;
+            let factor =
+                magnitude.f_div(&norm)?.f_where_self(&norm.f_gt(0.0)?, &zero)?.f_to_kind(Kind::Float)?;
+            v.f_mul(&spread(&factor, op.axis, &v)?)?.f_sub(base()?)?
+        }
+        Op::Principal(op) => {
+            let w = base()?.f_to_kind(Kind::Double)?;
+            let tall = w.size()[0] >= w.size()[1];
+            let turned = w.f_transpose(0, 1)?;
+            let gram = if tall { turned.f_matmul(&w)? } else { w.f_matmul(&turned)? };
+            let (_, vectors) = gram.f_linalg_eigh("L")?;
+            let n = vectors.size()[1];
+            let rank = (op.rank as i64).min(n);
+            let lead = vectors.f_narrow(1, n - rank, rank)?;
+            let back = lead.f_transpose(0, 1)?;
+            let near = match tall {
+                true => w.f_matmul(&lead)?.f_matmul(&back)?,
+                false => lead.f_matmul(&back.f_matmul(&w)?)?,
             };
-            base.f_mul(&v)?
+            near.f_to_kind(Kind::Float)?
         }
     };
     Ok(delta.f_mul_scalar(f64::from(term.coefficient(name)?))?)
+}
+
+/// One value per row (axis 0) or input channel (axis 1) as a tensor that multiplies a matrix like `of`.
+fn spread(v: &Torch, axis: usize, of: &Torch) -> Result<Torch> {
+    Ok(match axis {
+        0 => v.f_unsqueeze(1)?,
+        _ => v.f_repeat_interleave_self_int(of.size()[1] / v.size()[0], 0, None)?.f_unsqueeze(0)?,
+    })
+}
+
+/// What a rotation makes of `w`; at strength 1, or at `s` when it interpolates.
+fn rotated(op: &Rotate, s: f64, w: &Torch, device: usize, factors: &mut Factors) -> Result<Torch> {
+    // Columns are turned as the rows of the transpose.
+    let mut x = if op.axis == 0 { w.shallow_clone() } else { w.f_transpose(0, 1)?.f_contiguous()? };
+    let cols = x.size()[1];
+    for stage in &op.stages {
+        let order = stage.order.as_ref().map(|order| {
+            Torch::f_from_slice(&long(order)).and_then(|t| t.f_to_device(tch::Device::Cuda(device)))
+        });
+        let order = order.transpose()?;
+        let gathered = match &order {
+            Some(order) => x.f_index_select(0, order)?,
+            None => x.shallow_clone(),
+        };
+        let (mut at, mut turned) = (0, Vec::new());
+        for blocks in &stage.blocks {
+            let (n, b) = (blocks.shape()[0] as i64, blocks.shape()[1] as i64);
+            let mut blocks = factors.get(blocks, device)?;
+            if op.interpolate {
+                let one = Torch::f_eye(b, (Kind::Float, tch::Device::Cuda(device)))?;
+                blocks = blocks.f_mul_scalar(s)?.f_add(&one.f_mul_scalar(1.0 - s)?)?;
+            }
+            let rows = gathered.f_narrow(0, at, n * b)?.f_reshape([n, b, cols])?;
+            turned.push(blocks.f_bmm(&rows)?.f_reshape([n * b, cols])?);
+            at += n * b;
+        }
+        x = Torch::f_cat(&turned, 0)?;
+        if let Some(order) = &order {
+            x = x.f_index_select(0, &order.f_argsort(0, false)?)?;
+        }
+    }
+    let x = if op.axis == 0 { x } else { x.f_transpose(0, 1)? };
+    let Some(rescale) = &op.rescale else { return Ok(x) };
+    let factor = factors.get(rescale, device)?.f_sub_scalar(1.0)?.f_mul_scalar(s)?.f_add_scalar(1.0)?;
+    Ok(x.f_mul(&factor.f_unsqueeze(1)?)?)
 }
 
 /// Runs `work` without recording a graph; the thread's own mode comes back also after a panic.
@@ -220,14 +301,14 @@ pub fn forward(
                     product(&layout, &input, &up, &factors.get(&op.down, device)?)?
                 }
                 op => {
-                    let part = match op {
-                        Op::Scale(_) => {
+                    let part = match op.reads_weight() {
+                        true => {
                             let weight =
                                 blob(base)?.f_to_device(tch::Device::Cuda(device))?.f_to_kind(Kind::Float)?;
                             let weight = weight.f_reshape([base.shape()[0] as i64, -1])?;
                             Some(weight.f_narrow(0, rows.start as i64, rows.len() as i64)?)
                         }
-                        _ => None,
+                        false => None,
                     };
                     layer(&layout, &input, &delta(name, term, part.as_ref(), device, factors)?)?
                 }

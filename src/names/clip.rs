@@ -73,7 +73,7 @@ pub fn to_open_clip(path: &str) -> Option<(String, Option<usize>)> {
 /// Every other name of a target at `path`, with the number of the third of its rows that the name means (`None`: all of it).
 pub(super) fn spellings(path: &str) -> Vec<(String, Option<usize>)> {
     let mut names = to_transformers(path);
-    // A piece cannot stand for the fused weight, so a fused adapter does not reach a host that keeps q, k and v apart.
+    // A piece cannot stand for the fused weight: [`fused`] sees to that.
     names.extend(to_open_clip(path).filter(|(_, piece)| piece.is_none()));
     if path.starts_with("encoder.layers.") {
         // Some hosts hold the inner model, without `text_model.`.
@@ -90,6 +90,16 @@ pub(super) fn spellings(path: &str) -> Vec<(String, Option<usize>)> {
         .collect();
     names.extend(short);
     names
+}
+
+/// OpenCLIP's weight that a projection of transformers is a third of, and which.
+pub(super) fn fused(path: &str) -> Option<(String, usize)> {
+    let found = match path.strip_prefix("encoder.layers.") {
+        Some(_) => to_open_clip(&format!("{ROOT}{path}")),
+        None => to_open_clip(path),
+    };
+    let (name, third) = found?;
+    Some((name, third?))
 }
 
 /// OpenCLIP multiplies by its `text_projection` from the right: a bare parameter, the transpose of the layer of that name in

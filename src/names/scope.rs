@@ -29,7 +29,7 @@ pub enum Scope {
 
 /// How many lists of spellings there are: one per model that a prefix can ask for.
 pub(super) const SLOTS: usize = 5;
-const UNET: usize = 0;
+pub(super) const UNET: usize = 0;
 const ANY: usize = 1;
 const FIRST: usize = 2;
 const SECOND: usize = 3;
@@ -42,6 +42,14 @@ pub struct Place<'a> {
     pub scope: Scope,
     /// The path inside that model.
     pub rest: &'a str,
+}
+
+impl Place<'_> {
+    /// A module of the diffusion model. Without a prefix the path has to tell, also a flattened one.
+    pub(super) fn is_of_unet(&self) -> bool {
+        let text = ["text_model", "encoder_layers", "encoder.layers"];
+        self.scope.is_unet() && !text.iter().any(|begin| self.rest.starts_with(begin))
+    }
 }
 
 /// What a name begins with, how much of that is prefix, and whose it is. The longest beginning wins.
@@ -64,6 +72,8 @@ const PREFIXES: &[(&str, &str, Scope)] = &[
     ("transformer.", "transformer.", Scope::Unet),
     ("diffusion_model.", "diffusion_model.", Scope::Unet),
     ("model.diffusion_model.", "model.diffusion_model.", Scope::Unet),
+    // Files of Cosmos and its descendants.
+    ("net.", "net.", Scope::Unet),
 
     ("text_encoder.", "text_encoder.", Scope::Encoder1),
     ("text_encoder_2.", "text_encoder_2.", Scope::Encoder2),
@@ -122,7 +132,7 @@ const ENCODERS: &[&str] = &[
     "pile",
 ];
 
-/// PEFT's wrapper, in front of any name.
+/// PEFT's wrapper, in front of any name or of what follows its prefix.
 const PEFT_ROOT: &str = "base_model.model.";
 
 /// Tells whose a name is and takes its prefix off.
@@ -131,7 +141,8 @@ pub fn classify(name: &str) -> Place<'_> {
     let longest =
         PREFIXES.iter().filter(|(begin, ..)| name.starts_with(begin)).max_by_key(|(begin, ..)| begin.len());
     if let Some(&(_, prefix, scope)) = longest {
-        return Place { scope, rest: &name[prefix.len()..] };
+        let rest = &name[prefix.len()..];
+        return Place { scope, rest: rest.strip_prefix(PEFT_ROOT).unwrap_or(rest) };
     }
     // transformers 5 holds a CLIP encoder without `text_model.` around it. The layers' own names keep a diffusion model with an
     // `encoder` of another kind apart.

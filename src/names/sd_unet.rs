@@ -13,6 +13,7 @@
 //!
 //! Inside attentions both layouts agree.
 
+use super::guess::{Guess, Module, Verdict};
 use super::{rename, reversed};
 use std::collections::BTreeSet;
 
@@ -46,7 +47,45 @@ pub struct Layout {
     attentive_up: BTreeSet<usize>,
 }
 
+/// What tells the families of U-Nets apart: the columns of the weights that read the text, which is its width.
+const TEXT_WIDTHS: &[(usize, &str)] =
+    &[(768, "SD 1.x"), (1024, "SD 2.x"), (1280, "SDXL refiner"), (2048, "SDXL")];
+
+/// How the U-Net's blocks begin.
+const BLOCKS: [&str; 6] =
+    ["down_blocks", "mid_block", "up_blocks", "input_blocks", "middle_block", "output_blocks"];
+
+/// The family of U-Net that some modules are of.
+pub(super) fn judge(modules: &[Module<'_>]) -> Option<Verdict> {
+    let ours = |module: &&Module<'_>| BLOCKS.iter().any(|block| module.path.starts_with(block));
+    let read = modules.iter().filter(ours).count();
+    let mut widths = modules.iter().filter(ours).filter_map(|module| {
+        let path = module.path.replace('.', "_");
+        let reads_text = path.ends_with("_attn2_to_k") || path.ends_with("_attn2_to_v");
+        Some((module.name, *module.shape.get(1).filter(|_| reads_text)?))
+    });
+    let (name, width) = widths.next()?;
+    // A U-Net of video, or a mixture.
+    if widths.any(|(_, other)| other != width) || 2 * read < modules.len() {
+        return None;
+    }
+    let (_, family) = TEXT_WIDTHS.iter().find(|(w, _)| *w == width)?;
+    let reason = format!("`{name}` reads text of width {width}");
+    Some(Verdict { guess: Guess { family, reason }, read, votes: 1 })
+}
+
 impl Layout {
+    /// The arithmetic of a published family; `None` for what is not a U-Net of this kind.
+    pub(super) fn published(family: &str) -> Option<Self> {
+        let attentive_up = match family {
+            "SD 1.x" | "SD 2.x" => 1..=3,
+            "SDXL" => 0..=1,
+            "SDXL refiner" => 1..=2,
+            _ => return None,
+        };
+        Some(Layout { stride: 3, attentive_up: attentive_up.collect() })
+    }
+
     /// Deduces the arithmetic from the paths inside the U-Net, in either layout; other names do no harm.
     ///
     /// Resnets per down block: in diffusers' layout the highest `j` of `down_blocks.i.{resnets,attentions}.j` and one. In the

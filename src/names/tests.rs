@@ -1,36 +1,49 @@
 //! Every naming style against every kind of host.
 
 use super::lists::{Unet, SD15, SDXL, TINY};
-use super::sd_unet::Layout;
+use super::sd_unet::Layout as Unets;
 use super::*;
+use crate::view::Slice;
 
 /// The modules of a U-Net in both layouts.
 fn layouts(unet: &Unet) -> (Vec<String>, Vec<String>) {
     let diffusers = unet.modules(true);
-    let layout = Layout::of(diffusers.iter().map(String::as_str));
+    let layout = Unets::of(diffusers.iter().map(String::as_str));
     let checkpoint = diffusers.iter().map(|name| layout.to_checkpoint(name).unwrap()).collect();
     (diffusers, checkpoint)
 }
 
-fn host(prefix: &str, names: &[String]) -> Vec<(String, usize)> {
-    names.iter().map(|name| (format!("{prefix}{name}.weight"), 1)).collect()
+fn host(prefix: &str, names: &[String]) -> Vec<(String, Vec<usize>)> {
+    names.iter().map(|name| (format!("{prefix}{name}.weight"), vec![1])).collect()
 }
 
 fn index(names: &[&str]) -> Index {
-    Index::new(&names.iter().map(|name| (*name, 1)).collect::<Vec<_>>())
+    Index::new(&names.iter().map(|name| (*name, [1])).collect::<Vec<_>>())
 }
 
-fn whole(target: usize) -> Option<(usize, Option<Slice>)> {
-    Some((target, None))
+fn part(target: usize, slice: Option<Slice>) -> Option<Vec<Piece>> {
+    Some(vec![Piece { target, slice, rows: None }])
+}
+
+fn whole(target: usize) -> Option<Vec<Piece>> {
+    part(target, None)
+}
+
+/// Where a module goes that goes to one place.
+fn only(found: Option<Vec<Piece>>) -> Option<(usize, Option<Slice>)> {
+    let found = found?;
+    assert_eq!(found.len(), 1);
+    assert_eq!(found[0].rows, None);
+    Some((found[0].target, found[0].slice))
 }
 
 /// Stable Diffusion XL as a single file: U-Net, CLIP-L, bigG.
-fn sdxl_checkpoint() -> Vec<(String, usize)> {
+fn sdxl_checkpoint() -> Vec<(String, Vec<usize>)> {
     let mut targets = host("model.diffusion_model.", &layouts(&SDXL).1);
     targets.extend(host("conditioner.embedders.0.transformer.", &clip::trained_modules(12)));
     let second = clip::open_clip_weights(32, 1280);
     targets.extend(
-        second.into_iter().map(|(name, rows)| (format!("conditioner.embedders.1.model.{name}"), rows)),
+        second.into_iter().map(|(name, rows)| (format!("conditioner.embedders.1.model.{name}"), vec![rows])),
     );
     targets
 }
@@ -80,7 +93,7 @@ fn every_style_reaches_every_unet_host() {
 fn names_as_files_have_them() {
     let sd15 = host("model.diffusion_model.", &layouts(&SD15).1);
     let index = Index::new(&sd15);
-    let target = |module: &str| index.resolve(module).map(|(i, _)| sd15[i].0.as_str());
+    let target = |module: &str| only(index.resolve(module)).map(|(i, _)| sd15[i].0.as_str());
     for (module, name) in [
         (
             "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0_attn2_to_out_0",
@@ -100,7 +113,7 @@ fn names_as_files_have_them() {
     }
     let sdxl = host("unet.", &layouts(&SDXL).0);
     let index = Index::new(&sdxl);
-    let target = |module: &str| index.resolve(module).map(|(i, _)| sdxl[i].0.as_str());
+    let target = |module: &str| only(index.resolve(module)).map(|(i, _)| sdxl[i].0.as_str());
     for (module, name) in [
         (
             "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
@@ -137,8 +150,8 @@ fn sdxl_text_encoders_are_reached_and_not_confused() {
     let mut reached = std::collections::HashSet::new();
     for module in clip::trained_modules(32) {
         let flat = format!("lora_te2_{}", flatten(&module));
-        let found = index.resolve(&flat).unwrap_or_else(|| panic!("{flat}"));
-        assert_eq!(index.resolve(&format!("text_encoder_2.{module}")), Some(found), "{module}");
+        let found = only(index.resolve(&flat)).unwrap_or_else(|| panic!("{flat}"));
+        assert_eq!(only(index.resolve(&format!("text_encoder_2.{module}"))), Some(found), "{module}");
         let name = &targets[found.0].0;
         assert!(name.starts_with("conditioner.embedders.1.model.transformer.resblocks."), "{flat} -> {name}");
         match pieces.iter().find(|(piece, _)| module.ends_with(piece)) {
@@ -153,12 +166,13 @@ fn sdxl_text_encoders_are_reached_and_not_confused() {
     assert_eq!(reached.len(), 192);
     assert_eq!(index.resolve("lora_te1_text_model_encoder_layers_12_mlp_fc1"), None, "CLIP-L has 12 layers");
 
-    let bias = index.resolve("text_encoder_2.text_model.encoder.layers.3.self_attn.v_proj.bias").unwrap();
+    let bias =
+        only(index.resolve("text_encoder_2.text_model.encoder.layers.3.self_attn.v_proj.bias")).unwrap();
     assert_eq!(targets[bias.0].0, "conditioner.embedders.1.model.transformer.resblocks.3.attn.in_proj_bias");
     assert_eq!(bias.1.map(|s| s.start), Some(2560));
 
     let exact = "conditioner.embedders.1.model.text_projection";
-    assert_eq!(index.resolve(exact).map(|(i, _)| targets[i].0.as_str()), Some(exact));
+    assert_eq!(only(index.resolve(exact)).map(|(i, _)| targets[i].0.as_str()), Some(exact));
     assert_eq!(index.resolve("lora_te2_text_projection"), None, "the parameter is the layer's transpose");
 }
 
@@ -185,7 +199,7 @@ fn diffusers_and_comfyui_encoders() {
             ("lora_unet_text_model_encoder_layers_0_mlp_fc1", None),
             ("lora_te3_text_model_encoder_layers_0_mlp_fc1", None),
         ] {
-            assert_eq!(index.resolve(module), target.map(|t| (t, None)), "{module} on {first}");
+            assert_eq!(index.resolve(module), target.and_then(whole), "{module} on {first}");
         }
     }
     // Alone and unnamed, or alone and second.
@@ -252,13 +266,13 @@ fn an_alias_wins() {
     let mut index = index(&["diffusion_model.a", "diffusion_model.b"]);
     let slice = Some(Slice { axis: 0, start: 8, len: 8 });
     index.add_alias("unet.a", 1, slice);
-    assert_eq!(index.resolve("unet.a"), Some((1, slice)));
-    assert_eq!(index.resolve("unet_a"), Some((1, slice)));
+    assert_eq!(index.resolve("unet.a"), part(1, slice));
+    assert_eq!(index.resolve("unet_a"), part(1, slice));
     assert_eq!(index.resolve("lora_unet_a"), whole(0));
     index.add_alias("lora_unet_a", 1, None);
     assert_eq!(index.resolve("lora_unet_a"), whole(1));
     index.add_alias("lora_unet_a", 0, slice);
-    assert_eq!(index.resolve("lora_unet_a"), Some((0, slice)), "the later one replaces");
+    assert_eq!(index.resolve("lora_unet_a"), part(0, slice), "the later one replaces");
     index.add_alias("k.weight", 1, None);
     assert_eq!((index.resolve("k"), index.resolve("k.weight")), (whole(1), whole(1)));
     // Flattened, `x.y` and `x_y` are one; spelled out they are not.
@@ -287,9 +301,9 @@ fn a_name_given_twice_is_not_guessed() {
 fn rows_that_do_not_part_in_three_are_not_split() {
     let name = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj";
     let of = |rows| {
-        Index::new(&[("conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight", rows)])
+        Index::new(&[("conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight", [rows])])
     };
-    assert_eq!(of(96).resolve(name), Some((0, Some(Slice { axis: 0, start: 0, len: 32 }))));
+    assert_eq!(of(96).resolve(name), part(0, Some(Slice { axis: 0, start: 0, len: 32 })));
     assert_eq!(of(97).resolve(name), None);
 }
 
@@ -350,8 +364,8 @@ fn the_right_strength_applies() {
 #[test]
 fn an_encoder_of_transformers_5_answers_to_every_spelling() {
     let index = Index::new(&[
-        ("encoder.layers.0.self_attn.q_proj.weight", 8),
-        ("encoder.layers.1.mlp.fc1.weight", 8),
+        ("encoder.layers.0.self_attn.q_proj.weight", [8]),
+        ("encoder.layers.1.mlp.fc1.weight", [8]),
     ]);
     for (module, target) in [
         ("text_encoder.encoder.layers.0.self_attn.q_proj", 0),
@@ -363,4 +377,22 @@ fn an_encoder_of_transformers_5_answers_to_every_spelling() {
         assert_eq!(index.resolve(module), whole(target), "{module}");
     }
     assert_eq!(index.resolve("lora_unet_encoder_layers_0_self_attn_q_proj"), None);
+}
+
+#[test]
+fn a_fused_adapter_reaches_an_encoder_that_keeps_q_k_and_v_apart() {
+    for root in ["text_encoder_2.text_model.", "text_encoder_2."] {
+        let names = ["v_proj", "q_proj", "k_proj", "out_proj", "q_proj.bias"]
+            .map(|part| format!("{root}encoder.layers.3.self_attn.{part}"));
+        let index = index(&names.each_ref().map(String::as_str));
+        let thirds = [1, 2, 0].into_iter().enumerate().map(|(first, target)| Piece {
+            target,
+            slice: None,
+            rows: Some(Fraction { first, count: 1, of: 3 }),
+        });
+        let found = index.resolve("lora_te2_transformer_resblocks_3_attn_in_proj_weight");
+        assert_eq!(found, Some(thirds.collect()), "{root}");
+        // Of the biases two are missing.
+        assert_eq!(index.resolve("lora_te2_transformer_resblocks_3_attn_in_proj_bias"), None);
+    }
 }

@@ -2,9 +2,9 @@
 
 use super::network::{file_name, train, Network};
 use super::params::to_host;
-use crate::adapter::report::KeyStatus;
 use crate::adapter::safetensors::Writer;
 use crate::adapter::Adapter;
+use crate::adapter::KeyStatus;
 use crate::dtype::{Dtype, Float};
 use crate::error::{Error, FileFault, Result};
 use serde_json::json;

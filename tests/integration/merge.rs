@@ -1,63 +1,11 @@
 //! The CPU executor against the formula in f64: random shapes, slices along both axes, several terms, every dtype, in place and not.
 
+use crate::random::{packed, ulp, unpacked, view, Random};
 use lycore::dtype::{Dtype, Float};
 use lycore::merge::bypass::{self, Geometry};
 use lycore::merge::cpu;
 use lycore::merge::ops::{Dense, Hadamard, Kron, LowRank, Op, Scale, Term};
 use lycore::view::{Device, Slice, Tensor, View};
-
-/// xorshift64*: the same cases in every run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 33) as usize % n
-    }
-
-    fn value(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    }
-
-    fn values(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.value()).collect()
-    }
-}
-
-fn view(bytes: &mut [u8], float: Float, shape: &[usize]) -> View {
-    // SAFETY: the tests keep the bytes alive and use them from one place at a time.
-    unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, float.dtype(), shape, None) }
-        .expect("a good view")
-}
-
-fn packed(float: Float, values: &[f32]) -> Vec<u8> {
-    let mut bytes = vec![0; values.len() * float.size()];
-    float.write(values, &mut bytes);
-    bytes
-}
-
-fn unpacked(float: Float, bytes: &[u8]) -> Vec<f32> {
-    let mut values = vec![0.0; bytes.len() / float.size()];
-    float.read(bytes, &mut values);
-    values
-}
-
-/// Distance to the next value of this dtype at the size of `value`.
-fn ulp(float: Float, value: f64) -> f64 {
-    let digits = match float {
-        Float::F32 => 23,
-        Float::F16 => 10,
-        Float::BF16 => 7,
-    };
-    let exponent = value.abs().max(2f64.powi(-14)).log2().floor();
-    2f64.powf(exponent - f64::from(digits))
-}
 
 /// A random op for a weight of [rows, channels, kernel], its delta at strength 1 in f64, and the size of what was summed for it.
 fn any_op(random: &mut Random, shape: &[usize; 3], base: &[f64]) -> (Op, Vec<f64>, Vec<f64>) {
@@ -110,7 +58,7 @@ fn any_op(random: &mut Random, shape: &[usize; 3], base: &[f64]) -> (Op, Vec<f64
         3 => {
             let diff = random.values(rows * cols);
             let size = wide(&diff).into_iter().map(f64::abs).collect();
-            (Op::Dense(Dense { diff: tensor(&diff, rows) }), wide(&diff), size)
+            (Op::Dense(Dense { diff: tensor(&diff, rows), scale: 1.0 }), wide(&diff), size)
         }
         _ => {
             let axis = random.below(2);

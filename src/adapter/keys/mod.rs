@@ -18,6 +18,8 @@ pub enum Dialect {
     Peft,
     /// `unet.X.lora.up.weight`, `X.lora_linear_layer.up.weight`, `….processor.to_q_lora.up.weight`.
     Diffusers,
+    /// `X_norm.scale`: whole weights of norms in Black Forest Labs' control LoRAs, whose other keys are PEFT's.
+    Bfl,
 }
 
 impl Dialect {
@@ -27,6 +29,7 @@ impl Dialect {
             Dialect::Kohya => "kohya",
             Dialect::Peft => "peft",
             Dialect::Diffusers => "diffusers",
+            Dialect::Bfl => "bfl",
         }
     }
 }
@@ -36,7 +39,8 @@ impl Dialect {
 pub struct Split {
     /// How the key was spelled. Suffixes that several dialects share (`alpha`) count as kohya unless the prefix says otherwise.
     pub dialect: Dialect,
-    /// The module, the same for every spelling of it: without `base_model.model.`, without attention processors.
+    /// The module, the same for every spelling of it: without `base_model.model.`, without attention processors. Empty for a tensor that stands
+    /// once in a file for all modules (VeRA's projections).
     pub module: String,
     /// The canonical suffix, one of the kohya / LyCORIS names whatever the dialect.
     pub slot: &'static str,
@@ -73,7 +77,8 @@ const SLOTS: &[Slot] = &[
     slot("lora_mid.weight", LORA, None),
     slot("lora_up.bias", LORA, Some("lora_B.bias")),
     slot("alpha", None, Some("alpha")),
-    slot("dora_scale", Some("DoRA"), Some("lora_magnitude_vector")),
+    slot("dora_scale", Some("DoRA"), None),
+    slot("lora_magnitude_vector", Some("DoRA"), Some("lora_magnitude_vector")),
     slot("hada_w1_a", LOHA, Some("hada_w1_a")),
     slot("hada_w1_b", LOHA, Some("hada_w1_b")),
     slot("hada_w2_a", LOHA, Some("hada_w2_a")),
@@ -99,6 +104,10 @@ const SLOTS: &[Slot] = &[
     slot("b2.weight", GLORA, None),
     slot("bm.weight", GLORA, None),
     slot("oft_blocks", OFT, None),
+    slot("oft_blocks.0", OFT, None),
+    slot("oft_blocks.1", OFT, None),
+    slot("oft_blocks.2", OFT, None),
+    slot("oft_blocks.3", OFT, None),
     slot("oft_diag", OFT, None),
     slot("rescale", OFT, None),
     slot("q_layer.weight", TLORA, None),
@@ -123,6 +132,8 @@ const SLOTS: &[Slot] = &[
     slot("boft_s", OFT, Some("boft_s")),
     slot("vera_lambda_b", VERA, Some("vera_lambda_b")),
     slot("vera_lambda_d", VERA, Some("vera_lambda_d")),
+    slot("vera_A", VERA, Some("vera_A")),
+    slot("vera_B", VERA, Some("vera_B")),
 ];
 
 fn find(name: &str) -> Option<&'static Slot> {
@@ -192,6 +203,9 @@ pub fn split(key: &str) -> Option<Split> {
         return Some(Split { dialect, module: resolve_module(module, processor), slot });
     }
     if let Some((module, slot)) = peft::split(key) {
+        if module == peft::FILE {
+            return Some(Split { dialect: Dialect::Peft, module: String::new(), slot });
+        }
         return Some(Split {
             dialect: of(Dialect::Peft, module),
             module: resolve_module(module, false),
@@ -213,7 +227,26 @@ pub fn join(dialect: Dialect, module: &str, slot: &str) -> Option<String> {
         Dialect::Kohya => Some(kohya::join(module, slot)),
         Dialect::Peft => peft::join(module, slot),
         Dialect::Diffusers => diffusers::join(module, slot),
+        Dialect::Bfl => (slot == SET).then(|| module.to_owned()),
     }
+}
+
+const SET: &str = "set_weight";
+
+/// Whether these are the keys of one of Black Forest Labs' control LoRAs: PEFT's, and whole weights of norms among them. Their layers'
+/// weights may have to grow to the modules' size (`img_in` gets channels for the control image).
+pub fn is_control<'k>(keys: impl Iterator<Item = &'k str> + Clone) -> bool {
+    keys.clone().any(|key| key.ends_with(NORM_SCALE))
+        && keys.clone().any(|key| key.ends_with(".lora_A.weight"))
+}
+
+/// How a norm's weight ends there.
+const NORM_SCALE: &str = "_norm.scale";
+
+/// A key that [`split`] does not know, in a file that [`is_control`].
+pub fn split_control(key: &str) -> Option<Split> {
+    let split = |()| Split { dialect: Dialect::Bfl, module: key.to_owned(), slot: SET };
+    key.ends_with(NORM_SCALE).then_some(()).map(split)
 }
 
 /// The algorithm that a slot gives away; `None` for slots that several share (`alpha`) and for unknown ones.

@@ -18,6 +18,9 @@ pub(super) fn split(key: &str) -> Option<(&str, &'static str)> {
     None
 }
 
+/// What stands for a module in front of a tensor that belongs to the whole file.
+pub(super) const FILE: &str = "base_model";
+
 fn slot_of(word: &str, tail: &str) -> Option<&'static str> {
     let parameter = if tail.ends_with(".bias") { "bias" } else { "weight" };
     // Two parts after the word are an adapter's name and a parameter; anything else is not PEFT's.
@@ -25,7 +28,7 @@ fn slot_of(word: &str, tail: &str) -> Option<&'static str> {
         return None;
     }
     SLOTS.iter().find_map(|slot| {
-        let peft = slot.peft.filter(|&p| p != slot.name)?;
+        let peft = slot.peft.filter(|&p| p != slot.name || !is_shared(p))?;
         let fits = match peft.split_once('.') {
             Some((w, p)) => w == word && p == parameter,
             None => peft == word && parameter == "weight",
@@ -34,8 +37,16 @@ fn slot_of(word: &str, tail: &str) -> Option<&'static str> {
     })
 }
 
+/// Words that PEFT took over from LyCORIS.
+fn is_shared(word: &str) -> bool {
+    word == "alpha" || word.starts_with("hada_") || word.starts_with("lokr_")
+}
+
 pub(super) fn join(module: &str, slot: &str) -> Option<String> {
     let word = find(slot)?.peft?;
+    if module.is_empty() {
+        return Some(format!("{FILE}.{word}"));
+    }
     if is_flattened(module) {
         return None;
     }

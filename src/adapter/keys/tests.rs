@@ -67,13 +67,17 @@ fn table() -> Vec<(String, Dialect, &'static str, &'static str, bool)> {
         "base_model.model.blocks.0.attn.to_q.lora_magnitude_vector",
         P,
         "blocks.0.attn.to_q",
-        "dora_scale",
+        "lora_magnitude_vector",
         true,
     );
     row("base_model.model.blocks.0.attn.to_q.hada_w1_a", P, "blocks.0.attn.to_q", "hada_w1_a", true);
     row("base_model.model.blocks.0.attn.to_q.oft_r", P, "blocks.0.attn.to_q", "oft_r", true);
     row("base_model.model.embed.lora_embedding_A", P, "embed", "lora_embedding_A", true);
     row("base_model.model.embed.ia3_l", P, "embed", "ia3_l", true);
+    row("base_model.vera_A", P, "", "vera_A", true);
+    row("base_model.vera_B", P, "", "vera_B", true);
+    row("base_model.model.blocks.0.attn.to_q.oft_R.weight", P, "blocks.0.attn.to_q", "oft_R.weight", true);
+    row(&format!("{flat}.oft_blocks.2"), K, flat, "oft_blocks.2", true);
     row(&format!("{Q}.lora_A.weight"), P, Q, DOWN, true);
     row(&format!("{OUT}.lora_B.weight"), P, OUT, UP, true);
     row(&format!("{TE_Q}.lora_A.weight"), P, TE_Q, DOWN, true);
@@ -89,8 +93,8 @@ fn table() -> Vec<(String, Dialect, &'static str, &'static str, bool)> {
     row(&format!("{Q}.lora_B.default.bias"), P, Q, "lora_up.bias", false);
     row(&format!("{Q}.lora_A"), P, Q, DOWN, false);
     row(&format!("{Q}.lora_B"), P, Q, UP, false);
-    row(&format!("{Q}.lora_magnitude_vector.weight"), P, Q, "dora_scale", false);
-    row(&format!("{Q}.lora_magnitude_vector.default.weight"), P, Q, "dora_scale", false);
+    row(&format!("{Q}.lora_magnitude_vector.weight"), P, Q, "lora_magnitude_vector", false);
+    row(&format!("{Q}.lora_magnitude_vector.default.weight"), P, Q, "lora_magnitude_vector", false);
     row("unet.base_model.model.conv_in.lora_A.weight", P, "unet.conv_in", DOWN, false);
     row("conv_in.lora_A.weight", P, "conv_in", DOWN, false);
     row("lora_unet_conv_in.lora_A.weight", K, "lora_unet_conv_in", DOWN, false);

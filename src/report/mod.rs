@@ -1,30 +1,13 @@
 //! The load report: what became of every key of a file, as data and JSON. Nothing is dropped silently.
 
-use super::Adapter;
+pub mod facts;
+pub mod text;
+
+use crate::adapter::{keys, Adapter, KeyState, KeyStatus};
+use crate::algo;
 use crate::merge::plan::Binding;
+use crate::view::{Slice, Tensor};
 use serde_json::{json, Value};
-
-/// One key of the file.
-#[derive(Clone, Debug)]
-pub struct KeyState {
-    /// As the file spells it.
-    pub key: String,
-    /// The module that it belongs to, if its suffix is known.
-    pub module: Option<String>,
-    /// What became of it when the file was read.
-    pub status: KeyStatus,
-}
-
-/// What became of a key when the file was read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum KeyStatus {
-    /// Its module can be applied.
-    Readable,
-    /// This version does not know it; the reason.
-    Unsupported(String),
-    /// It contradicts itself or its neighbours; the reason.
-    Malformed(String),
-}
 
 /// The report of an adapter, and of its match with a model when `binding` is given.
 pub fn json(adapter: &Adapter, binding: Option<&Binding>) -> Value {
@@ -54,14 +37,27 @@ pub fn json(adapter: &Adapter, binding: Option<&Binding>) -> Value {
                 "algorithm": m.algorithm.name(),
                 "rank": m.algorithm.rank(),
                 "alpha": m.algorithm.alpha(),
-                "dtype": tensors.first().map(|(_, t)| t.dtype().to_string()),
+                "dtype": dtypes(&tensors),
+                "shape": m.algorithm.shape(),
                 "bytes": tensors.iter().map(|(_, t)| t.byte_len()).sum::<usize>(),
             });
+            if let Some(note) = m.algorithm.note() {
+                entry["note"] = json!(note);
+            }
             if let Some(binding) = binding {
-                let (target, slice) = binding.target(i).unzip();
-                entry["target"] = json!(target);
-                if let Some(s) = slice.flatten() {
-                    entry["slice"] = json!({"axis": s.axis, "start": s.start, "length": s.len});
+                let slice = |s: &Slice| json!({"axis": s.axis, "start": s.start, "length": s.len});
+                match binding.places(i, false) {
+                    [] => entry["target"] = Value::Null,
+                    [(target, part)] => {
+                        entry["target"] = json!(target);
+                        part.iter().for_each(|s| entry["slice"] = slice(s));
+                    }
+                    several => {
+                        entry["target"] = several.iter().map(|(target, _)| json!(target)).collect();
+                    }
+                }
+                if let [(target, _)] = binding.places(i, true) {
+                    entry["bias"] = json!(target);
                 }
             }
             entry
@@ -70,6 +66,7 @@ pub fn json(adapter: &Adapter, binding: Option<&Binding>) -> Value {
     let mut report = json!({
         "file": adapter.path().display().to_string(),
         "metadata": adapter.metadata(),
+        "facts": facts::json(adapter.metadata()),
         "summary": {"keys": adapter.keys().len(), "modules": modules.len()},
         "modules": modules,
         "keys": keys,
@@ -83,6 +80,23 @@ pub fn json(adapter: &Adapter, binding: Option<&Binding>) -> Value {
         }
     }
     report
+}
+
+/// Whether the key is of a tensor that changes its layer's bias.
+fn is_bias(key: &str) -> bool {
+    keys::split(key).is_some_and(|split| algo::is_bias(split.slot))
+}
+
+/// "F16", or "F16, F32" where a module's tensors differ. Single numbers do not count: an alpha is f32 in many a file of half precision,
+/// and where it came from beside the file.
+fn dtypes(tensors: &[(&str, &Tensor)]) -> Option<String> {
+    let all = || tensors.iter().map(|(_, tensor)| tensor);
+    let numbers = all().all(|tensor| tensor.count() == 1);
+    let mut names: Vec<String> =
+        all().filter(|t| numbers || t.count() != 1).map(|t| t.dtype().to_string()).collect();
+    let mut seen = std::collections::HashSet::new();
+    names.retain(|name| seen.insert(name.clone()));
+    (!names.is_empty()).then(|| names.join(", "))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd)]
@@ -107,13 +121,17 @@ fn state<'a>(key: &'a KeyState, binding: Option<&'a Binding>) -> (Status, Option
     match (&key.status, binding, &key.module) {
         (KeyStatus::Unsupported(why), ..) => (Status::Unsupported, Some(("reason", why))),
         (KeyStatus::Malformed(why), ..) => (Status::Malformed, Some(("reason", why))),
-        (KeyStatus::Readable, Some(binding), Some(module)) => match binding.problem(module) {
-            None => (Status::Matched, None),
-            Some(crate::merge::plan::Problem::Unmatched { nearest }) => {
-                (Status::Unmatched, nearest.as_deref().map(|n| ("nearest", n)))
+        (KeyStatus::Readable, Some(binding), Some(module)) => {
+            match binding.problem(module, is_bias(&key.key)) {
+                None => (Status::Matched, None),
+                Some(crate::merge::plan::Problem::Unmatched { nearest }) => {
+                    (Status::Unmatched, nearest.as_deref().map(|n| ("nearest", n)))
+                }
+                Some(crate::merge::plan::Problem::Misfit { why }) => {
+                    (Status::Malformed, Some(("reason", why)))
+                }
             }
-            Some(crate::merge::plan::Problem::Misfit { why }) => (Status::Malformed, Some(("reason", why))),
-        },
+        }
         _ => (Status::Readable, None),
     }
 }

@@ -1,0 +1,166 @@
+//! OFT: `W' = W + s * (rescale o (R^T W) - W)`, R block-diagonal over the output channels, `R = (I + Q)(I - Q)^-1`, `Q = B - B^T`.
+//!
+//! Qiu et al. 2023, arXiv:2306.07280; sd-scripts and LyCORIS (diag-OFT). `alpha` is no rank's alpha but the constraint: where it is above 0,
+//! Q (all blocks together) is shrunk to the Frobenius norm `alpha * O` when it is longer.
+//!
+//! | tensor | shape |
+//! |---|---|
+//! | `oft_blocks` | n, b, b: B; O = n * b |
+//! | `oft_blocks.0`, `.1`, .. | n, b_i, b_i: sd-scripts on fused weights (Flux), each for its own rows and with its own constraint |
+//! | `oft_diag` | n, b, b: R itself |
+//! | `rescale` | O, 1.. |
+//!
+//! With a first axis more (m, n, b, b) the same names hold the stages of [`super::boft`].
+
+use super::{malformed, required, Algorithm, Group, Recipe, ALPHA};
+use crate::error::Result;
+use crate::linalg;
+use crate::merge::ops::{Op, Rotate, Stage};
+use crate::view::Tensor;
+
+pub(super) const BLOCKS: &str = "oft_blocks";
+pub(super) const DIAG: &str = "oft_diag";
+pub(super) const RESCALE: &str = "rescale";
+/// sd-scripts' parts: q, k, v and the MLP of a fused layer at most.
+pub(super) const PARTS: [&str; 4] = ["oft_blocks.0", "oft_blocks.1", "oft_blocks.2", "oft_blocks.3"];
+
+pub(super) const RECIPE: Recipe = Recipe {
+    name: "OFT / BOFT",
+    marks: &[BLOCKS, DIAG, PARTS[0], PARTS[1], PARTS[2], PARTS[3]],
+    knows: &[BLOCKS, DIAG, PARTS[0], PARTS[1], PARTS[2], PARTS[3], RESCALE, ALPHA],
+    read,
+};
+
+/// One OFT module.
+#[derive(Debug)]
+struct Oft {
+    /// As the file has them.
+    tensors: Vec<(&'static str, Tensor)>,
+    blocks: Vec<Tensor>,
+    /// Whether the blocks are R themselves.
+    direct: bool,
+    rescale: Option<Tensor>,
+    constraint: Option<f32>,
+}
+
+fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
+    let has = |name: &str| group.get(name).is_some();
+    let direct = has(DIAG);
+    let names: Vec<&str> = match (direct, has(BLOCKS)) {
+        (true, true) => return Err(malformed(module, format!("both `{DIAG}` and `{BLOCKS}` are there"))),
+        (true, false) => vec![DIAG],
+        (false, true) => vec![BLOCKS],
+        (false, false) => {
+            let count = PARTS.iter().rposition(|name| has(name)).map_or(0, |last| last + 1);
+            PARTS[..count].to_vec()
+        }
+    };
+    let blocks =
+        names.iter().map(|name| required(module, group, name).cloned()).collect::<Result<Vec<_>>>()?;
+    let (alpha_tensor, constraint) = super::alpha(module, group)?;
+    let rescale =
+        group.get(RESCALE).is_some().then(|| required(module, group, RESCALE)).transpose()?.cloned();
+    let own = group.tensors.iter().filter(|(name, _)| *name != ALPHA).cloned();
+    let tensors: Vec<_> = own.chain(alpha_tensor.map(|t| (ALPHA, t))).collect();
+    if let [stages] = &blocks[..] {
+        if stages.shape().len() == 4 {
+            return super::boft::new(module, tensors, stages, direct, rescale, constraint);
+        }
+    }
+    for (name, blocks) in names.iter().zip(&blocks) {
+        if !matches!(*blocks.shape(), [_, b, c] if b == c) {
+            return Err(malformed(module, format!("`{name}` must be [n, b, b], it is {:?}", blocks.shape())));
+        }
+    }
+    Ok(Box::new(Oft { tensors, blocks, direct, rescale, constraint }))
+}
+
+/// R of every block, [n, b, b]; the constraint holds over all of them together.
+pub(super) fn rotations(
+    module: &str,
+    blocks: &Tensor,
+    constraint: Option<f32>,
+    rows: usize,
+) -> Result<Vec<f64>> {
+    let b = blocks.shape().last().copied().unwrap_or(1);
+    let values: Vec<f64> = blocks.to_f32(module)?.into_iter().map(f64::from).collect();
+    let mut skew = Vec::with_capacity(values.len());
+    for block in values.chunks_exact(b * b) {
+        skew.extend((0..b * b).map(|i| block[i] - block[i % b * b + i / b]));
+    }
+    if let Some(limit) = constraint.filter(|&c| c > 0.0).map(|c| f64::from(c) * rows as f64) {
+        let norm = skew.iter().map(|v| v * v).sum::<f64>().sqrt();
+        if norm > limit {
+            skew.iter_mut().for_each(|v| *v *= limit / norm);
+        }
+    }
+    linalg::cayley(&skew, b)
+        .ok_or_else(|| malformed(module, format!("`{BLOCKS}` has values that are not finite")))
+}
+
+/// Every [b, b] block transposed, in f32.
+pub(super) fn transposed_blocks(values: &[f64], n: usize, b: usize) -> Tensor {
+    let turned = values.chunks_exact(b * b).flat_map(|m| (0..b * b).map(|i| m[i % b * b + i / b] as f32));
+    Tensor::of_f32(turned.collect(), &[n, b, b])
+}
+
+/// The rescaling as one value per row.
+pub(super) fn per_row(module: &str, rescale: Option<&Tensor>, rows: usize) -> Result<Option<Tensor>> {
+    let Some(tensor) = rescale else { return Ok(None) };
+    match tensor.reshape(&[rows]) {
+        Some(flat) => Ok(Some(flat)),
+        None => Err(malformed(
+            module,
+            format!("`{RESCALE}` {:?} must have one value per output channel, {rows}", tensor.shape()),
+        )),
+    }
+}
+
+/// Checks that a module that turns `rows` rows fits the weight.
+pub(super) fn fit_rows(module: &str, rows: usize, target: &[usize]) -> Result<()> {
+    match target.first() {
+        Some(&out) if out == rows => Ok(()),
+        _ => Err(crate::error::Error::Shape {
+            tensor: module.to_owned(),
+            what: "the module turns output channels and does not fit the weight (module's count first)"
+                .into(),
+            expected: vec![rows],
+            got: target.to_vec(),
+        }),
+    }
+}
+
+impl Algorithm for Oft {
+    fn name(&self) -> &'static str {
+        "OFT"
+    }
+
+    /// The constraint stands in its place.
+    fn alpha(&self) -> Option<f32> {
+        self.constraint
+    }
+
+    fn shape(&self) -> Option<Vec<usize>> {
+        None
+    }
+
+    fn lower(&self, module: &str, target: &[usize]) -> Result<Vec<Op>> {
+        let rows = self.blocks.iter().map(|t| t.shape()[0] * t.shape()[1]).sum();
+        fit_rows(module, rows, target)?;
+        let blocks = self.blocks.iter().map(|tensor| {
+            let (n, b) = (tensor.shape()[0], tensor.shape()[1]);
+            let values = match self.direct {
+                true => tensor.to_f32(module)?.into_iter().map(f64::from).collect(),
+                false => rotations(module, tensor, self.constraint, n * b)?,
+            };
+            Ok(transposed_blocks(&values, n, b))
+        });
+        let stages = vec![Stage { blocks: blocks.collect::<Result<_>>()?, order: None }];
+        let rescale = per_row(module, self.rescale.as_ref(), rows)?;
+        Ok(vec![Op::Rotate(Rotate { stages, rescale, axis: 0, interpolate: false })])
+    }
+
+    fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        self.tensors.iter().map(|(name, tensor)| (*name, tensor)).collect()
+    }
+}

@@ -1,0 +1,87 @@
+//! Wan 2.1 and 2.2: text and image to video, VACE; what else is built on their blocks (Fun, Phantom, HuMo, S2V, Animate) shares the
+//! rows of the blocks. The checkpoint's names are Alibaba's own, which kohya, ComfyUI and most trainers keep.
+//!
+//! `norm3` of the checkpoint is diffusers' `norm2`: diffusers counts the norms in the order of use; the other two have no weight.
+
+use super::family::{row, Family, Mark};
+
+/// The table.
+#[rustfmt::skip]
+pub const FAMILY: Family = Family {
+    name: "Wan",
+    rows: &[
+        row("patch_embedding", "patch_embedding"),
+        row("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+        row("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        row("condition_embedder.time_proj", "time_projection.1"),
+        row("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+        row("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+        row("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+        row("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+        row("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+        row("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+        row("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
+        row("scale_shift_table", "head.modulation"),
+        row("proj_out", "head.head"),
+
+        row("blocks.{}.scale_shift_table", "blocks.{}.modulation"),
+        row("blocks.{}.attn1.to_q", "blocks.{}.self_attn.q"),
+        row("blocks.{}.attn1.to_k", "blocks.{}.self_attn.k"),
+        row("blocks.{}.attn1.to_v", "blocks.{}.self_attn.v"),
+        row("blocks.{}.attn1.to_out.0", "blocks.{}.self_attn.o"),
+        row("blocks.{}.attn1.norm_q", "blocks.{}.self_attn.norm_q"),
+        row("blocks.{}.attn1.norm_k", "blocks.{}.self_attn.norm_k"),
+        row("blocks.{}.attn2.to_q", "blocks.{}.cross_attn.q"),
+        row("blocks.{}.attn2.to_k", "blocks.{}.cross_attn.k"),
+        row("blocks.{}.attn2.to_v", "blocks.{}.cross_attn.v"),
+        row("blocks.{}.attn2.to_out.0", "blocks.{}.cross_attn.o"),
+        row("blocks.{}.attn2.norm_q", "blocks.{}.cross_attn.norm_q"),
+        row("blocks.{}.attn2.norm_k", "blocks.{}.cross_attn.norm_k"),
+        row("blocks.{}.attn2.add_k_proj", "blocks.{}.cross_attn.k_img"),
+        row("blocks.{}.attn2.add_v_proj", "blocks.{}.cross_attn.v_img"),
+        row("blocks.{}.attn2.norm_added_k", "blocks.{}.cross_attn.norm_k_img"),
+        row("blocks.{}.norm2", "blocks.{}.norm3"),
+        row("blocks.{}.ffn.net.0.proj", "blocks.{}.ffn.0"),
+        row("blocks.{}.ffn.net.2", "blocks.{}.ffn.2"),
+
+        row("vace_patch_embedding", "vace_patch_embedding"),
+        row("vace_blocks.{}.scale_shift_table", "vace_blocks.{}.modulation"),
+        row("vace_blocks.{}.attn1.to_q", "vace_blocks.{}.self_attn.q"),
+        row("vace_blocks.{}.attn1.to_k", "vace_blocks.{}.self_attn.k"),
+        row("vace_blocks.{}.attn1.to_v", "vace_blocks.{}.self_attn.v"),
+        row("vace_blocks.{}.attn1.to_out.0", "vace_blocks.{}.self_attn.o"),
+        row("vace_blocks.{}.attn1.norm_q", "vace_blocks.{}.self_attn.norm_q"),
+        row("vace_blocks.{}.attn1.norm_k", "vace_blocks.{}.self_attn.norm_k"),
+        row("vace_blocks.{}.attn2.to_q", "vace_blocks.{}.cross_attn.q"),
+        row("vace_blocks.{}.attn2.to_k", "vace_blocks.{}.cross_attn.k"),
+        row("vace_blocks.{}.attn2.to_v", "vace_blocks.{}.cross_attn.v"),
+        row("vace_blocks.{}.attn2.to_out.0", "vace_blocks.{}.cross_attn.o"),
+        row("vace_blocks.{}.attn2.norm_q", "vace_blocks.{}.cross_attn.norm_q"),
+        row("vace_blocks.{}.attn2.norm_k", "vace_blocks.{}.cross_attn.norm_k"),
+        row("vace_blocks.{}.attn2.add_k_proj", "vace_blocks.{}.cross_attn.k_img"),
+        row("vace_blocks.{}.attn2.add_v_proj", "vace_blocks.{}.cross_attn.v_img"),
+        row("vace_blocks.{}.attn2.norm_added_k", "vace_blocks.{}.cross_attn.norm_k_img"),
+        row("vace_blocks.{}.norm2", "vace_blocks.{}.norm3"),
+        row("vace_blocks.{}.ffn.net.0.proj", "vace_blocks.{}.ffn.0"),
+        row("vace_blocks.{}.ffn.net.2", "vace_blocks.{}.ffn.2"),
+        row("vace_blocks.{}.proj_in", "vace_blocks.{}.before_proj"),
+        row("vace_blocks.{}.proj_out", "vace_blocks.{}.after_proj"),
+    ],
+    also: &[],
+    parts: &[],
+    marks: &[
+        Mark::Has("blocks.{}.self_attn.q"),
+        Mark::Has("blocks.{}.cross_attn.k_img"),
+        Mark::Has("blocks.{}.ffn.0"),
+        // 1.3B, 5B, 14B.
+        Mark::Columns("blocks.{}.self_attn.q", &[1536, 3072, 5120]),
+        Mark::Columns("blocks.{}.self_attn.k", &[1536, 3072, 5120]),
+        Mark::Columns("blocks.{}.self_attn.v", &[1536, 3072, 5120]),
+        Mark::Columns("blocks.{}.self_attn.o", &[1536, 3072, 5120]),
+        Mark::Columns("blocks.{}.cross_attn.q", &[1536, 3072, 5120]),
+        Mark::Columns("blocks.{}.cross_attn.k", &[1536, 3072, 5120]),
+        Mark::Columns("blocks.{}.ffn.0", &[1536, 3072, 5120]),
+        Mark::Columns("blocks.{}.ffn.2", &[8960, 13824, 14336]),
+        Mark::Blocks("blocks.{}", &[30, 40]),
+    ],
+};
