@@ -478,6 +478,15 @@ lycore_status lycore_stack_add_alias(struct lycore_stack *stack,
                                      const struct lycore_slice *slice,
                                      struct lycore_error **error);
 
+// Whether adapters made for another family of models (a Flux LoRA on SDXL) are taken as far as they fit (`allow` not 0), rather than refused
+// with LYCORE_KEY, which names both families; refused by default. An adapter that fits as a whole is never refused.
+//
+// # Safety
+// `error` is NULL or may be written.
+lycore_status lycore_stack_allow_other_families(struct lycore_stack *stack,
+                                                int32_t allow,
+                                                struct lycore_error **error);
+
 // Puts an adapter on the stack and gives it a number in `id`. `strengths` may be NULL: 1 everywhere. Takes effect with the next apply.
 // An adapter of which no module finds its weight is LYCORE_KEY. The handle may be freed afterwards.
 //
@@ -578,8 +587,10 @@ lycore_status lycore_weight_merge(const char *name,
 // bytes.
 //
 // `options` is NULL or JSON: {"dtype": "keep" | "fp32" | "fp16" | "bf16" (of every fp32, fp16 and bf16 tensor; others pass through; default keep),
-// "device": "cpu" | "cuda" | "cuda:N" (where to compute; default cpu)}.
-// `report` may be NULL; it becomes JSON {"base", "output", "device", "bytes", "tensors": {"changed", "copied"}, "adapters":
+// "device": "cpu" | "cuda" | "cuda:N" (where to compute; default cpu), "other_families": bool (take adapters made for another family of models as
+// far as they fit, rather than refuse them with LYCORE_KEY; default false)}.
+// `report` may be NULL; it becomes JSON {"base", "output", "device", "bytes", "tensors": {"changed", "copied"}, "proven_equal": number of tensors that were read back and
+// are the base's bit for bit, "adapters":
 // [load report as of lycore_stack_report]}, freed with lycore_text_free.
 //
 // # Safety

@@ -230,6 +230,8 @@ def declare(library: CDLL) -> None:
     library.lycore_stack_add_target.argtypes = [c_void_p, c_char_p, POINTER(lycore_tensor), POINTER(c_void_p)]
     library.lycore_stack_add_alias.restype = c_int32
     library.lycore_stack_add_alias.argtypes = [c_void_p, c_char_p, c_char_p, POINTER(lycore_slice), POINTER(c_void_p)]
+    library.lycore_stack_allow_other_families.restype = c_int32
+    library.lycore_stack_allow_other_families.argtypes = [c_void_p, c_int32, POINTER(c_void_p)]
     library.lycore_stack_add_adapter.restype = c_int32
     library.lycore_stack_add_adapter.argtypes = [
         c_void_p,

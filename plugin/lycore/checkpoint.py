@@ -24,6 +24,7 @@ def merge(
     *,
     device: str = "cpu",
     dtype: str = "keep",
+    other_families: bool = False,
     progress: ProgressCallback | None = None,
     cancel: Cancel | None = None,
 ) -> dict[str, Any]:
@@ -31,12 +32,14 @@ def merge(
 
     `adapters` are files or Adapter objects, each alone (strength 1) or with its strength. `device` is where to
     compute: "cpu", "cuda" or "cuda:N"; `dtype` that of every floating-point tensor in the output: "keep", "fp32",
-    "fp16" or "bf16". Progress counts bytes.
+    "fp16" or "bf16". `other_families` takes adapters made for another family of models as far as they fit, rather than
+    refusing them. Progress counts bytes.
 
     Streams: memory is bounded by the largest touched tensor. Untouched tensors are the same bytes, metadata is kept
     and extended. `output` appears whole or not at all, also after an error, an exception of `progress` or a cancel,
-    and may be `base` itself. Report: {"base", "output", "device", "bytes", "tensors": {"changed", "copied"},
-    "adapters": [as `Handle.report`]}.
+    and may be `base` itself. At the end the copied tensors are read back and
+    compared. Report: {"base", "output", "device", "bytes", "tensors": {"changed", "copied"}, "proven_equal": number of
+    tensors, "adapters": [as `Handle.report`]}.
     """
     library = load() if device == "cpu" else _with_device()
     pairs = [item if isinstance(item, tuple) else (item, 1.0) for item in adapters]
@@ -46,7 +49,7 @@ def merge(
     strengths = (lycore_strengths * len(pairs))()
     for struct, (_, strength) in zip(strengths, pairs, strict=True):
         Strengths.of(strength).fill(struct)
-    options = json.dumps({"device": device, "dtype": dtype}).encode()
+    options = json.dumps({"device": device, "dtype": dtype, "other_families": other_families}).encode()
     report = c_void_p()
     with watched(library, progress, cancel) as watcher:
         library.call(

@@ -67,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
         choices=["keep", "fp32", "fp16", "bf16"],
         help="of the floating-point tensors in the output (default: keep)",
     )
+    merge.add_argument(
+        "--other-families", action="store_true", help="also apply what fits of an adapter made for another model family"
+    )
     merge.set_defaults(run=run_merge)
     return top
 
@@ -112,6 +115,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
             arguments.output,
             device=arguments.device,
             dtype=arguments.dtype,
+            other_families=arguments.other_families,
             # Also without a terminal: signals are looked at when Python code runs.
             progress=bar.show,
             cancel=cancel,

@@ -102,7 +102,8 @@ class Stack(Closable):
     tensors (CPU or CUDA; float32, float16, bfloat16) or writable numpy arrays, or a torch.nn.Module, of which every
     floating-point parameter is taken, biases and norms too. Their memory is used in place and kept alive; do not move a model while a stack is on it. `backup` says where the pristine
     copies are kept: on the weights' "device" or on the "host". `aliases` maps spellings of adapter files to a
-    weight's name, or to (name, axis, start, length) for a part of it, and wins over the built-in rules.
+    weight's name, or to (name, axis, start, length) for a part of it, and wins over the built-in rules. An adapter made
+    for another family of models is refused by `add`, unless all of it fits or `other_families` is true.
 
     As a context manager it gives the weights their base back at the end. One call at a time; a second thread gets
     BusyError.
@@ -114,6 +115,7 @@ class Stack(Closable):
         *,
         backup: str = "device",
         aliases: Mapping[str, str | tuple[str, int, int, int]] | None = None,
+        other_families: bool = False,
     ):
         if backup not in _BACKUPS:
             raise ArgumentError(f"backup is {backup!r}, it must be 'device' or 'host'.")
@@ -126,6 +128,8 @@ class Stack(Closable):
         self._cuda_index: int | None = cuda[0] if cuda else None
         library = library_for(self._cuda_index)
         self._owner: Owned | None = library.new("lycore_stack_new", "lycore_stack_free", _BACKUPS[backup])
+        if other_families:
+            self._call("lycore_stack_allow_other_families", 1)
         for name, (descriptor, _) in self._weights.items():
             self._call("lycore_stack_add_target", name.encode(), byref(descriptor.c))
         for spelling, target in (aliases or {}).items():
@@ -143,8 +147,8 @@ class Stack(Closable):
     ) -> Handle:
         """Puts an adapter (or its file) on the stack; takes effect with the next `apply`.
 
-        Raises AdapterKeyError when none of its modules finds its weight; single ones that do not are in the handle's
-        report.
+        Raises AdapterKeyError when none of its modules finds its weight, or when it is made for another family of models;
+        single modules that find none are in the handle's report.
         """
         owner = self._handle()
         strengths = Strengths.of(strength, unet, text_encoder, modules)

@@ -8,6 +8,7 @@ pub mod safetensors;
 
 use crate::algo::{self, Algorithm, Group};
 use crate::error::{Error, FileFault, Result};
+use crate::names::{self, Guess};
 use crate::view::Tensor;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Read;
@@ -21,6 +22,7 @@ pub struct Adapter {
     metadata: BTreeMap<String, String>,
     modules: Vec<Module>,
     keys: Vec<KeyState>,
+    family: Option<Guess>,
 }
 
 /// One adapted weight.
@@ -182,7 +184,10 @@ impl Adapter {
         if modules.is_empty() {
             return Err(nothing_readable(path, &keys));
         }
-        Ok(Arc::new(Adapter { path, metadata, modules, keys }))
+        let shapes: Vec<_> = modules.iter().map(|m| m.algorithm.shape().unwrap_or_default()).collect();
+        let named: Vec<_> = modules.iter().zip(&shapes).map(|(m, s)| (m.name.as_str(), &s[..])).collect();
+        let family = names::guess(&named);
+        Ok(Arc::new(Adapter { path, metadata, modules, keys, family }))
     }
 
     /// The adapter cut to its first `rank` ranks; an error when no module has nested ranks.
@@ -208,7 +213,7 @@ impl Adapter {
             });
         }
         let (path, metadata, keys) = (self.path.clone(), self.metadata.clone(), self.keys.clone());
-        Ok(Arc::new(Adapter { path, metadata, modules, keys }))
+        Ok(Arc::new(Adapter { path, metadata, modules, keys, family: self.family.clone() }))
     }
 
     /// Writes the modules to a safetensors file, in the spelling that they were read in.
@@ -257,6 +262,11 @@ impl Adapter {
     /// The modules that could be read, in the order of the file.
     pub fn modules(&self) -> &[Module] {
         &self.modules
+    }
+
+    /// The family of models that it is made for, as far as its names and shapes tell.
+    pub fn family(&self) -> Option<&Guess> {
+        self.family.as_ref()
     }
 
     /// Every key of the file and what became of it.

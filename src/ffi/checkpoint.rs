@@ -20,8 +20,10 @@ use std::path::Path;
 /// bytes.
 ///
 /// `options` is NULL or JSON: {"dtype": "keep" | "fp32" | "fp16" | "bf16" (of every fp32, fp16 and bf16 tensor; others pass through; default keep),
-/// "device": "cpu" | "cuda" | "cuda:N" (where to compute; default cpu)}.
-/// `report` may be NULL; it becomes JSON {"base", "output", "device", "bytes", "tensors": {"changed", "copied"}, "adapters":
+/// "device": "cpu" | "cuda" | "cuda:N" (where to compute; default cpu), "other_families": bool (take adapters made for another family of models as
+/// far as they fit, rather than refuse them with LYCORE_KEY; default false)}.
+/// `report` may be NULL; it becomes JSON {"base", "output", "device", "bytes", "tensors": {"changed", "copied"}, "proven_equal": number of tensors that were read back and
+/// are the base's bit for bit, "adapters":
 /// [load report as of lycore_stack_report]}, freed with lycore_text_free.
 ///
 /// # Safety
@@ -43,7 +45,7 @@ pub unsafe extern "C" fn lycore_checkpoint_merge(
     unsafe {
         boundary::run(error, || {
             let (base, output) = (boundary::text(base, "base")?, boundary::text(output, "output")?);
-            let (dtype, device) =
+            let (dtype, device, other_families) =
                 self::options(boundary::optional_text(options, "options")?.unwrap_or("{}"))?;
             let mut list = Vec::new();
             for (i, adapter) in boundary::array(adapters, count, "adapters")?.iter().enumerate() {
@@ -53,8 +55,8 @@ pub unsafe extern "C" fn lycore_checkpoint_merge(
                 };
                 list.push((held(*adapter)?.adapter.clone(), strengths(given)?));
             }
-            let job =
-                Job { base: Path::new(base), adapters: &list, output: Path::new(output), dtype, device };
+            let (base, output) = (Path::new(base), Path::new(output));
+            let job = Job { base, adapters: &list, output, dtype, device, other_families };
             let done = progress::with(progress, |progress| {
                 in_scope(device, std::ptr::null_mut(), || Ok(checkpoint::merge(&job, progress)?))
             })?;
@@ -66,11 +68,11 @@ pub unsafe extern "C" fn lycore_checkpoint_merge(
     }
 }
 
-fn options(text: &str) -> Outcome<(Option<Float>, Device)> {
+fn options(text: &str) -> Outcome<(Option<Float>, Device, bool)> {
     let bad = |what: String| Failure::boundary(LYCORE_BAD_ARGUMENT, format!("`options`: {what}"));
     let json: Value = serde_json::from_str(text).map_err(|e| bad(format!("not JSON: {e}")))?;
     let map = json.as_object().ok_or_else(|| bad("not a JSON object".into()))?;
-    let (mut dtype, mut device, mut problems) = (None, Device::Cpu, Vec::new());
+    let (mut dtype, mut device, mut other_families, mut problems) = (None, Device::Cpu, false, Vec::new());
     for (key, value) in map {
         match (key.as_str(), value.as_str()) {
             ("dtype", Some("keep")) => {}
@@ -84,11 +86,15 @@ fn options(text: &str) -> Outcome<(Option<Float>, Device)> {
                 device = Device::Cuda(text[5..].parse().unwrap_or(0));
             }
             ("device", _) => problems.push(format!("device is {value}, it must be cpu, cuda or cuda:N")),
-            _ => problems.push(format!("unknown key `{key}`; the keys are dtype and device")),
+            ("other_families", _) => match value.as_bool() {
+                Some(allow) => other_families = allow,
+                None => problems.push(format!("other_families is {value}, it must be true or false")),
+            },
+            _ => problems.push(format!("unknown key `{key}`; the keys are dtype, device and other_families")),
         }
     }
     if problems.is_empty() {
-        Ok((dtype, device))
+        Ok((dtype, device, other_families))
     } else {
         Err(bad(problems.join("; ")))
     }

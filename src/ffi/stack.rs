@@ -222,6 +222,28 @@ pub unsafe extern "C" fn lycore_stack_add_alias(
     }
 }
 
+/// Whether adapters made for another family of models (a Flux LoRA on SDXL) are taken as far as they fit (`allow` not 0), rather than refused
+/// with LYCORE_KEY, which names both families; refused by default. An adapter that fits as a whole is never refused.
+///
+/// # Safety
+/// `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_stack_allow_other_families(
+    stack: *mut lycore_stack,
+    allow: i32,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            on_stack(stack, |stack| {
+                stack.allow_other_families(allow != 0);
+                Ok(())
+            })
+        })
+    }
+}
+
 /// Puts an adapter on the stack and gives it a number in `id`. `strengths` may be NULL: 1 everywhere. Takes effect with the next apply.
 /// An adapter of which no module finds its weight is LYCORE_KEY. The handle may be freed afterwards.
 ///

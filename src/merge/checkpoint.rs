@@ -3,7 +3,7 @@
 //! Memory: the largest touched tensor, its factors, and a block of rows per thread, whatever the size of the file.
 
 use super::ops::Term;
-use super::plan::{Binding, Strengths};
+use super::plan::{Binding, Rules, Strengths};
 use super::Prepared;
 use crate::adapter::safetensors::{Entry, File, Writer};
 use crate::adapter::Adapter;
@@ -29,6 +29,8 @@ pub struct Job<'a> {
     pub dtype: Option<Float>,
     /// Where to compute.
     pub device: Device,
+    /// Whether adapters of another family of models are taken as far as they fit.
+    pub other_families: bool,
 }
 
 /// Bytes copied between two looks at the cancel flag.
@@ -41,10 +43,11 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
     let targets: Vec<&Entry> = base.entries().iter().filter(|e| Float::of(e.dtype).is_some()).collect();
     let shapes: Vec<(&str, &[usize])> = targets.iter().map(|e| (e.name.as_str(), &e.shape[..])).collect();
     let index = Index::new(&shapes);
+    let rules = Rules { may_grow: true, other_families: job.other_families };
     let mut bindings = Vec::new();
     for (adapter, strengths) in job.adapters {
         strengths.check()?;
-        bindings.push(Binding::new(adapter, &index, &shapes, true)?);
+        bindings.push(Binding::new(adapter, &index, &shapes, rules)?);
     }
     let mut terms: Vec<Vec<Term<'_>>> = vec![Vec::new(); targets.len()];
     for (binding, (adapter, strengths)) in bindings.iter().zip(job.adapters) {
@@ -79,6 +82,7 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
     let shared = Arc::new(base.clone());
     let (mut done, mut changed, mut next_target) = (0u64, 0usize, 0usize);
     let mut prepared = Prepared::default();
+    let mut copied = Vec::new();
     progress.at(0, total)?;
     for (entry, (_, to, shape)) in base.entries().iter().zip(&layout) {
         let own_terms: &[Term<'_>] = if Float::of(entry.dtype).is_some() {
@@ -88,6 +92,7 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
             &[]
         };
         if own_terms.is_empty() && *to == entry.dtype {
+            copied.push(entry);
             for block in base.bytes(entry).chunks(BLOCK) {
                 writer.write(block)?;
                 done += block.len() as u64;
@@ -107,6 +112,7 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
         prepared = Prepared::default();
     }
     writer.finish()?;
+    let equal = prove_copies(&base, job.output, &copied)?;
     let reports: Vec<Value> =
         bindings.iter().zip(job.adapters).map(|(b, (a, _))| report::json(a, Some(b))).collect();
     Ok(json!({
@@ -115,8 +121,28 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
         "device": job.device.to_string(),
         "tensors": {"changed": changed, "copied": layout.len() - changed},
         "bytes": total,
+        "proven_equal": equal,
         "adapters": reports,
     }))
+}
+
+/// Reads the tensors that should be the base's from the output and compares every byte; their number.
+fn prove_copies(base: &File, output: &Path, copied: &[&Entry]) -> Result<usize> {
+    let written = File::open(output)?;
+    for entry in copied {
+        let same = written.get(&entry.name).is_some_and(|other| {
+            let same = base.bytes(entry) == written.bytes(other);
+            written.release(other.begin, other.end);
+            same
+        });
+        if !same {
+            let what =
+                format!("{}: `{}` was copied and reads back differently", output.display(), entry.name);
+            return Err(Error::Backend(what));
+        }
+        base.release(entry.begin, entry.end);
+    }
+    Ok(copied.len())
 }
 
 fn merged(

@@ -4,7 +4,7 @@ use super::ops::{Op, Region, Term};
 use crate::adapter::{Adapter, Module};
 use crate::algo::is_bias;
 use crate::error::{Error, Result};
-use crate::names::{part_of, Index, Part, Piece};
+use crate::names::{part_of, related, Guess, Index, Part, Piece};
 use crate::view::Slice;
 use std::collections::HashMap;
 
@@ -59,18 +59,37 @@ pub struct Binding {
     found: HashMap<(usize, bool), Vec<Place>>,
     grown: HashMap<usize, Vec<usize>>,
     may_grow: bool,
+    /// The family of the targets, as far as it can be told.
+    pub model: Option<Guess>,
+}
+
+/// What a binding may do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rules {
+    /// The weights can be given another shape.
+    pub may_grow: bool,
+    /// An adapter of another family is bound as far as it fits.
+    pub other_families: bool,
+}
+
+fn other_family(adapter: &Adapter, own: &Guess, model: &Guess) -> Error {
+    Error::Key {
+        key: adapter.modules().first().map_or_else(String::new, |m| m.name.clone()),
+        file: Some(adapter.path().to_owned()),
+        what: format!(
+            "the adapter is made for {} ({}), the model is {} ({})",
+            own.family, own.reason, model.family, model.reason
+        ),
+        hint: "choose one made for this model, or allow other families to apply what fits".into(),
+    }
 }
 
 impl Binding {
     /// Matches every module of `adapter` with `targets` (name and shape). An adapter of which nothing matches is an error.
-    /// `may_grow`: whether the weights can be given another shape.
-    pub fn new(
-        adapter: &Adapter,
-        index: &Index,
-        targets: &[(&str, &[usize])],
-        may_grow: bool,
-    ) -> Result<Self> {
-        let mut binding = Binding { may_grow, ..Binding::default() };
+    /// So is one that is made for another family of models, unless all of it fits or the rules allow it.
+    pub fn new(adapter: &Adapter, index: &Index, targets: &[(&str, &[usize])], rules: Rules) -> Result<Self> {
+        let model = index.family().cloned();
+        let mut binding = Binding { may_grow: rules.may_grow, model, ..Binding::default() };
         for (i, module) in adapter.modules().iter().enumerate() {
             let changes = module.algorithm.changes();
             if changes.weight {
@@ -87,6 +106,11 @@ impl Binding {
                     // A layer without a bias has nothing to scale.
                     _ => {}
                 }
+            }
+        }
+        if let (Some(own), Some(model), false) = (adapter.family(), &binding.model, rules.other_families) {
+            if !binding.problems.is_empty() && !related(own.family, model.family) {
+                return Err(other_family(adapter, own, model));
             }
         }
         if binding.bound.is_empty() {
@@ -111,7 +135,7 @@ impl Binding {
         for piece in pieces {
             let (target, shape) = targets[piece.target];
             let misfit = |why: String| Problem::Misfit { why: format!("{why} (target `{target}`)") };
-            if self.bound.iter().any(|b| b.target == piece.target && overlap(b.slice, piece.slice)) {
+            if self.bound.iter().any(|b| b.target == piece.target && b.slice == piece.slice) {
                 return Err(misfit("another module of this file changes the same weight".into()));
             }
             let grown =
@@ -199,16 +223,6 @@ fn lower(module: &Module, bias: bool, target: &str, shape: &[usize], piece: &Pie
 /// Whether `to` is `from` with some axes longer.
 fn grows(from: &[usize], to: &[usize]) -> bool {
     from.len() == to.len() && from.iter().zip(to).all(|(a, b)| a <= b) && from != to
-}
-
-/// Whether two parts of one weight have an element in common.
-fn overlap(a: Option<Slice>, b: Option<Slice>) -> bool {
-    match (a, b) {
-        (Some(a), Some(b)) if a.axis == b.axis => {
-            a.start < b.start.saturating_add(b.len) && b.start < a.start.saturating_add(a.len)
-        }
-        _ => true,
-    }
 }
 
 /// The user's numbers for one adapter.

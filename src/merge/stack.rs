@@ -2,7 +2,7 @@
 
 use super::bypass::Geometry;
 use super::ops::{Region, Term};
-use super::plan::{Binding, Strengths};
+use super::plan::{Binding, Rules, Strengths};
 use super::restore::{Backup, BackupPlace};
 use super::Prepared;
 use crate::adapter::Adapter;
@@ -31,6 +31,7 @@ pub struct Stack {
     next: AdapterId,
     place: BackupPlace,
     prepared: Prepared,
+    rules: Rules,
 }
 
 struct Target {
@@ -69,7 +70,13 @@ impl Stack {
             next: 1,
             place,
             prepared: Prepared::default(),
+            rules: Rules::default(),
         }
+    }
+
+    /// Whether adapters of another family of models are taken as far as they fit, rather than refused.
+    pub fn allow_other_families(&mut self, allow: bool) {
+        self.rules.other_families = allow;
     }
 
     /// Registers a weight under the host's own name. All targets come before the first adapter.
@@ -138,7 +145,7 @@ impl Stack {
         });
         let targets: Vec<(&str, &[usize])> =
             self.targets.iter().map(|t| (t.name.as_str(), t.weight.shape())).collect();
-        let binding = Binding::new(&adapter, index, &targets, false)?;
+        let binding = Binding::new(&adapter, index, &targets, self.rules)?;
         let id = self.next;
         self.next += 1;
         self.entries.push(Entry { id, adapter, binding, strengths });

@@ -6,6 +6,7 @@ pub mod text;
 use crate::adapter::{keys, Adapter, KeyState, KeyStatus};
 use crate::algo;
 use crate::merge::plan::Binding;
+use crate::names::Guess;
 use crate::view::{Slice, Tensor};
 use serde_json::{json, Value};
 
@@ -67,10 +68,14 @@ pub fn json(adapter: &Adapter, binding: Option<&Binding>) -> Value {
         "file": adapter.path().display().to_string(),
         "metadata": adapter.metadata(),
         "facts": facts::json(adapter.metadata()),
+        "family": adapter.family().map(family),
         "summary": {"keys": adapter.keys().len(), "modules": modules.len()},
         "modules": modules,
         "keys": keys,
     });
+    if let Some(model) = binding.and_then(|b| b.model.as_ref()) {
+        report["model"] = family(model);
+    }
     for status in Status::ALL {
         if (status == Status::Readable) == binding.is_none()
             || counts[status as usize] > 0
@@ -80,6 +85,10 @@ pub fn json(adapter: &Adapter, binding: Option<&Binding>) -> Value {
         }
     }
     report
+}
+
+fn family(guess: &Guess) -> Value {
+    json!({"name": guess.family, "reason": guess.reason})
 }
 
 /// Whether the key is of a tensor that changes its layer's bias.

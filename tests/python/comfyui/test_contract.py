@@ -346,7 +346,7 @@ def test_the_report_says_what_is_not_applied(host):
     modules = {f"{BLOCK}attn1_to_q": (up, down, 1.0), f"{BLOCK}attn1_to_qq": factors(H, H)}
     modules |= {f"lora_unet_elsewhere_{n}": factors(3, 3) for n in range(40)}
     host.save("a.safetensors", modules)
-    more = {f"{BLOCK}attn2_to_q.oft_blocks": rand(2, 2, 2)}
+    more = {f"{BLOCK}attn2_to_q.bias_indices": rand(2, 2)}
     tensors = {f"{BLOCK}attn1_to_k.lora_up.weight": rand(H, 4), f"{BLOCK}attn1_to_k.lora_down.weight": rand(4, H)}
     save_file({**tensors, **more}, host.folder / "b.safetensors")
     _, _, report = host.run(fakes.Patcher(fakes.Model()), ("a.safetensors", 0.8), ("b.safetensors", 1.0))
