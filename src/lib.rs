@@ -22,6 +22,7 @@ pub mod merge;
 pub mod names;
 pub mod progress;
 pub mod report;
+pub mod tools;
 #[cfg(feature = "torch")]
 pub mod torch_ext;
 #[cfg(feature = "torch")]

@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from .stack import Stack as Stack
     from .stack import weight_merge as weight_merge
     from .strengths import Strengths as Strengths
+    from .tools import combine as combine
+    from .tools import extract as extract
+    from .tools import resize as resize
 
     open = open_adapter
 
@@ -64,8 +67,10 @@ _HOMES = {
     "BusyError": "errors",
     "Cancel": "progress",
     "Cancelled": "errors",
+    "combine": "tools",
     "DeviceError": "errors",
     "DtypeError": "errors",
+    "extract": "tools",
     "FileError": "errors",
     "Handle": "stack",
     "HandleError": "errors",
@@ -78,6 +83,7 @@ _HOMES = {
     "Module": "adapter",
     "Network": "network",
     "open": "adapter",
+    "resize": "tools",
     "ShapeError": "errors",
     "Stack": "stack",
     "Strengths": "strengths",

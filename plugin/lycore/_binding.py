@@ -346,3 +346,33 @@ def declare(library: CDLL) -> None:
     library.lycore_network_load_weights.argtypes = [c_void_p, c_char_p, POINTER(c_uint64), POINTER(c_void_p)]
     library.lycore_network_free.restype = c_int32
     library.lycore_network_free.argtypes = [c_void_p]
+    library.lycore_resize.restype = c_int32
+    library.lycore_resize.argtypes = [
+        c_char_p,
+        c_char_p,
+        c_char_p,
+        POINTER(lycore_progress),
+        POINTER(c_void_p),
+        POINTER(c_void_p),
+    ]
+    library.lycore_combine.restype = c_int32
+    library.lycore_combine.argtypes = [
+        POINTER(c_char_p),
+        POINTER(c_double),
+        c_uint64,
+        c_char_p,
+        c_char_p,
+        POINTER(lycore_progress),
+        POINTER(c_void_p),
+        POINTER(c_void_p),
+    ]
+    library.lycore_extract.restype = c_int32
+    library.lycore_extract.argtypes = [
+        c_char_p,
+        c_char_p,
+        c_char_p,
+        c_char_p,
+        POINTER(lycore_progress),
+        POINTER(c_void_p),
+        POINTER(c_void_p),
+    ]

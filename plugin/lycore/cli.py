@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from . import __version__
+from . import __version__, cli_tools
 
 if TYPE_CHECKING:
     from .progress import Cancel
@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "--other-families", action="store_true", help="also apply what fits of an adapter made for another model family"
     )
     merge.set_defaults(run=run_merge)
+    cli_tools.add_parsers(commands, as_json)
     return top
 
 
@@ -136,14 +137,15 @@ def size_text(count: float) -> str:
 class Bar:
     """Share done, rate and time left, on a terminal; silent elsewhere."""
 
-    def __init__(self, file: TextIO):
+    def __init__(self, file: TextIO, unit: str = "bytes"):
         self.file = file
+        self.unit = unit
         self.active = file.isatty()
         self.start = self.last = time.monotonic()
         self.width = 0
 
     def show(self, done: int, total: int) -> None:
-        """A progress callback that counts bytes."""
+        """A progress callback."""
         now = time.monotonic()
         if not self.active or (now - self.last < 0.1 and done < total):
             return
@@ -152,7 +154,8 @@ class Bar:
         left = (total - done) / rate if rate > 0 else 0.0
         share = done / total if total else 1.0
         bar = "#" * int(24 * share)
-        line = f"[{bar:<24}] {share:4.0%}  {size_text(rate)}/s  {int(left) // 60}:{int(left) % 60:02d} left"
+        speed = f"{size_text(rate)}/s" if self.unit == "bytes" else f"{done} of {total} {self.unit}"
+        line = f"[{bar:<24}] {share:4.0%}  {speed}  {int(left) // 60}:{int(left) % 60:02d} left"
         self.file.write("\r" + line.ljust(self.width))
         self.file.flush()
         self.width = len(line)

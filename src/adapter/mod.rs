@@ -108,6 +108,11 @@ impl Adapter {
         Self::read("<memory>".into(), content, None)
     }
 
+    /// Reads an adapter from a file that is open already, and that the caller keeps for its own use.
+    pub(crate) fn of_file(file: safetensors::File, path: &Path) -> Result<Arc<Self>> {
+        Self::read(path.to_owned(), file.into(), Some(path))
+    }
+
     fn read(path: PathBuf, content: Content, beside: Option<&Path>) -> Result<Arc<Self>> {
         let Content { tensors, metadata } = content;
         let control = keys::is_control(tensors.iter().map(|(key, _)| key.as_str()));
@@ -174,7 +179,10 @@ impl Adapter {
                 Ok(algorithm) => modules.push(Module { name, dialect, algorithm: algorithm.into() }),
                 Err(error) => {
                     let status = match &error {
-                        Error::Unsupported { .. } => KeyStatus::Unsupported(error.to_string()),
+                        Error::Unsupported { hint, .. } if hint.is_empty() => {
+                            KeyStatus::Unsupported(error.to_string())
+                        }
+                        Error::Unsupported { hint, .. } => KeyStatus::Unsupported(format!("{error}; {hint}")),
                         _ => KeyStatus::Malformed(error.to_string()),
                     };
                     members.into_iter().for_each(|i| keys[i].status = status.clone());

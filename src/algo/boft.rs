@@ -5,7 +5,7 @@
 //! [`super::oft`] (the constraint holds over all stages together), here not transposed. The strength s turns each stage into
 //! `s * R + (1 - s) * I` and the rescaling into `1 + s * (rescale - 1)`.
 
-use super::oft::{fit_rows, per_row, rotations};
+use super::oft::{fit_rows, per_row, rotations, RESCALE};
 use super::{malformed, Algorithm};
 use crate::error::Result;
 use crate::merge::ops::{Op, Rotate, Stage};
@@ -76,7 +76,7 @@ impl Algorithm for Boft {
             Stage { blocks: vec![blocks], order: Some(order) }
         });
         let stages = stages.collect();
-        let rescale = per_row(module, self.rescale.as_ref(), rows)?;
+        let rescale = per_row(module, RESCALE, self.rescale.as_ref(), rows)?;
         Ok(vec![Op::Rotate(Rotate { stages, rescale, axis: 0, interpolate: true })])
     }
 

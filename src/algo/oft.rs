@@ -26,7 +26,7 @@ pub(super) const PARTS: [&str; 4] = ["oft_blocks.0", "oft_blocks.1", "oft_blocks
 
 pub(super) const RECIPE: Recipe = Recipe {
     name: "OFT / BOFT",
-    marks: &[BLOCKS, DIAG, PARTS[0], PARTS[1], PARTS[2], PARTS[3]],
+    marks: &[BLOCKS, DIAG, PARTS[0], PARTS[1], PARTS[2], PARTS[3], RESCALE],
     knows: &[BLOCKS, DIAG, PARTS[0], PARTS[1], PARTS[2], PARTS[3], RESCALE, ALPHA],
     read,
 };
@@ -51,7 +51,8 @@ fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
         (true, false) => vec![DIAG],
         (false, true) => vec![BLOCKS],
         (false, false) => {
-            let count = PARTS.iter().rposition(|name| has(name)).map_or(0, |last| last + 1);
+            let last = PARTS.iter().rposition(|name| has(name));
+            let count = last.ok_or_else(|| malformed(module, format!("`{BLOCKS}` is missing")))? + 1;
             PARTS[..count].to_vec()
         }
     };
@@ -105,13 +106,18 @@ pub(super) fn transposed_blocks(values: &[f64], n: usize, b: usize) -> Tensor {
 }
 
 /// The rescaling as one value per row.
-pub(super) fn per_row(module: &str, rescale: Option<&Tensor>, rows: usize) -> Result<Option<Tensor>> {
+pub(super) fn per_row(
+    module: &str,
+    name: &str,
+    rescale: Option<&Tensor>,
+    rows: usize,
+) -> Result<Option<Tensor>> {
     let Some(tensor) = rescale else { return Ok(None) };
     match tensor.reshape(&[rows]) {
         Some(flat) => Ok(Some(flat)),
         None => Err(malformed(
             module,
-            format!("`{RESCALE}` {:?} must have one value per output channel, {rows}", tensor.shape()),
+            format!("`{name}` {:?} must have one value per output channel, {rows}", tensor.shape()),
         )),
     }
 }
@@ -156,7 +162,7 @@ impl Algorithm for Oft {
             Ok(transposed_blocks(&values, n, b))
         });
         let stages = vec![Stage { blocks: blocks.collect::<Result<_>>()?, order: None }];
-        let rescale = per_row(module, self.rescale.as_ref(), rows)?;
+        let rescale = per_row(module, RESCALE, self.rescale.as_ref(), rows)?;
         Ok(vec![Op::Rotate(Rotate { stages, rescale, axis: 0, interpolate: false })])
     }
 

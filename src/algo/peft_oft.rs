@@ -1,7 +1,7 @@
 //! OFT and BOFT as PEFT has them: on the input side, `W' = W + s * (scale o (W R^T) - W)`, R block-diagonal over the columns of W [O, I * kernel].
 //!
 //! OFT (arXiv:2306.07280, arXiv:2506.19847): `oft_R.weight` [n, b (b - 1) / 2] holds the upper triangles of skew-symmetric Q, one for all blocks
-//! with `block_share`. R is `(I - Q)(I + Q)^-1`, or with `use_cayley_neumann` the sum `I + 2 Q + 2 Q^2 + .. + Q^k` of so many terms;
+//! with `block_share`. R is `(I - Q)(I + Q)^-1`, or with `use_cayley_neumann` the sum `I + 2 Q + 2 Q^2 + .. + Q^k` of so many terms (3 give 4);
 //! the two turn in opposite directions, so the configuration beside the file decides. `coft` shrinks each Q to the norm `eps / sqrt(n)`.
 //!
 //! BOFT (arXiv:2311.06243): `boft_R` [m, n, b, b], `Q = (B - B^T) / 2`, `R = (I - Q)(I + Q)^-1` in m butterfly stages; `boft_s` one factor per
@@ -82,6 +82,9 @@ impl Algorithm for Oft {
                 q.iter_mut().for_each(|v| *v *= limit / norm);
             }
         }
+        if skew.iter().any(|v| !v.is_finite()) {
+            return Err(not_finite(module, R));
+        }
         let blocks = match self.terms {
             Some(terms) => skew.chunks_exact(b * b).flat_map(|q| series(q, b, terms)).collect(),
             // (I - Q)(I + Q)^-1 is the Cayley transform of -Q.
@@ -106,14 +109,15 @@ impl Algorithm for Oft {
 
 /// `I + 2 Q + 2 Q^2 + .. + 2 Q^(k - 2) + Q^(k - 1)`
 fn series(q: &[f64], b: usize, terms: usize) -> Vec<f64> {
+    // PEFT adds the square before it looks whether it is the last, so that 3 terms are the 4 terms; and 2 keep the weight 2.
+    let last = if terms == 3 { 3 } else { terms.saturating_sub(1) };
     let mut sum: Vec<f64> = (0..b * b).map(|i| if i / b == i % b { 1.0 } else { 0.0 }).collect();
     let mut power = q.to_vec();
-    for k in 1..terms {
+    for k in 1..=last {
         if k > 1 {
             power = linalg::product(&power, q, b);
         }
-        // PEFT gives the first power its full weight also where it is the last.
-        let weight = if k + 1 == terms && k > 1 { 1.0 } else { 2.0 };
+        let weight = if k == last && k > 1 { 1.0 } else { 2.0 };
         sum.iter_mut().zip(&power).for_each(|(s, p)| *s += weight * p);
     }
     sum
@@ -194,7 +198,7 @@ impl Algorithm for Boft {
             Stage { blocks, order: (m > 1).then(|| order(cols, n, b, i)) }
         });
         let stages = stages.collect();
-        let rescale = super::oft::per_row(module, self.scale.as_ref(), target[0])?;
+        let rescale = super::oft::per_row(module, SCALE, self.scale.as_ref(), target[0])?;
         Ok(vec![Op::Rotate(Rotate { stages, rescale, axis: 1, interpolate: true })])
     }
 

@@ -16,4 +16,5 @@ pub mod progress;
 pub mod stack;
 pub mod status;
 pub mod tensor;
+pub mod tools;
 pub mod version;

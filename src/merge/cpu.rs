@@ -67,20 +67,24 @@ pub fn merge(name: &str, base: &View, out: &View, terms: &[Term<'_>]) -> Result<
         .filter(|term| term.strength != 0.0)
         .map(|term| prepare(name, &from, base.shape(), term))
         .collect::<Result<Vec<_>>>()?;
+    let (towards, ready): (Vec<_>, Vec<_>) =
+        ready.into_iter().partition(|t| matches!(t.parts, Parts::Towards(_)));
     let in_place = base.data() == out.data();
-    if from.rows == 0 || from.cols == 0 || (ready.is_empty() && in_place && from.float() == to.float()) {
+    let idle = ready.is_empty() && towards.is_empty();
+    if from.rows == 0 || from.cols == 0 || (idle && in_place && from.float() == to.float()) {
         return Ok(());
     }
     let touched = union(ready.iter().map(|t| t.cols.clone()).collect());
     let tile = (TILE / from.cols).clamp(8, 256);
     on_pool(|| {
         (0..from.rows.div_ceil(tile)).into_par_iter().for_each_init(
-            || (Vec::new(), vec![0f32; from.cols]),
-            |(sum, row), index| {
+            || (Vec::new(), vec![0f32; from.cols], Vec::new()),
+            |(sum, row, pristine), index| {
                 let rows = index * tile..from.rows.min((index + 1) * tile);
                 accumulate(sum, &ready, &rows, &from);
                 for r in rows.clone() {
-                    if from.float() == to.float() && !ready.iter().any(|t| t.rows.contains(&r)) {
+                    let touched_row = ready.iter().chain(&towards).any(|t| t.rows.contains(&r));
+                    if from.float() == to.float() && !touched_row {
                         if !in_place {
                             // SAFETY: tiles are disjoint ranges of rows, and each is one task's.
                             unsafe { to.copy_row(&from, r) };
@@ -88,6 +92,8 @@ pub fn merge(name: &str, base: &View, out: &View, terms: &[Term<'_>]) -> Result<
                         continue;
                     }
                     from.read(r, row);
+                    pristine.clone_from(row);
+                    towards.iter().for_each(|t| t.replace(r, row, pristine));
                     if !sum.is_empty() {
                         let sum = &sum[(r - rows.start) * from.cols..][..from.cols];
                         for range in &touched {
@@ -189,6 +195,15 @@ impl Ready {
         // A region of its own size: the columns begin at 0.
         self.add(&mut sum, cols, 0, self.rows.clone(), base);
         (None, sum, 1.0)
+    }
+
+    /// Moves row `r` of the weight towards the term's value. Taking W out first gives, at strength 1, the value itself; adding the difference
+    /// to W would round it at W's size.
+    fn replace(&self, r: usize, row: &mut [f32], pristine: &[f32]) {
+        let (Parts::Towards(value), true) = (&self.parts, self.rows.contains(&r)) else { return };
+        let value = &value[(r - self.rows.start) * self.cols.len()..][..self.cols.len()];
+        let both = row[self.cols.clone()].iter_mut().zip(&pristine[self.cols.clone()]);
+        both.zip(value).for_each(|((o, w), v)| *o = (*o - self.scale * w) + self.scale * v);
     }
 
     /// Adds the delta of `rows` (of the weight, all inside the region) to `sum`, whose rows are `stride` long; the region's columns begin

@@ -83,7 +83,10 @@ pub fn merge(
         let sum = if fresh { sum } else { packed(&sum, sum.device())? }.f_reshape([rows, -1])?;
         let pristine =
             terms.iter().any(|t| t.op.reads_weight()).then(|| packed(&sum, sum.device())).transpose()?;
-        for term in terms {
+        // What moves W towards a value comes first and takes W out of it before: the difference would be rounded at W's size.
+        let (towards, others): (Vec<_>, Vec<_>) =
+            terms.into_iter().partition(|t| matches!(t.op, Op::Replace(_)));
+        for term in towards.into_iter().chain(others) {
             let Region { rows, cols, .. } = Region::of(name, base.shape(), term.slice)?;
             let region = |of: &Torch| {
                 let part = of.f_narrow(0, rows.start as i64, rows.len() as i64)?;
@@ -93,6 +96,10 @@ pub fn merge(
             if let Op::LowRank(op) = term.op {
                 let (up, down) = (factors.get(&op.up, device)?, factors.get(&op.down, device)?);
                 let _ = part.f_addmm_(&up.f_mul_scalar(f64::from(term.coefficient(name)?))?, &down)?;
+            } else if let (Op::Replace(op), Some(base)) = (term.op, &pristine) {
+                let s = f64::from(term.coefficient(name)?);
+                let _ = part.f_sub_(&region(base)?.f_mul_scalar(s)?)?;
+                let _ = part.f_add_(&factors.get(&op.value, device)?.f_mul_scalar(s)?)?;
             } else {
                 let base = pristine.as_ref().map(region).transpose()?;
                 let _ = part.f_add_(&delta(name, term, base.as_ref(), device, factors)?)?;

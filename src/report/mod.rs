@@ -32,6 +32,7 @@ pub fn json(adapter: &Adapter, binding: Option<&Binding>) -> Value {
         .enumerate()
         .map(|(i, m)| {
             let tensors = m.algorithm.tensors();
+            let own = tensors.iter().filter(|(slot, _)| !algo::is_shared(slot));
             let mut entry = json!({
                 "module": m.name,
                 "spelling": m.dialect.name(),
@@ -40,7 +41,7 @@ pub fn json(adapter: &Adapter, binding: Option<&Binding>) -> Value {
                 "alpha": m.algorithm.alpha(),
                 "dtype": dtypes(&tensors),
                 "shape": m.algorithm.shape(),
-                "bytes": tensors.iter().map(|(_, t)| t.byte_len()).sum::<usize>(),
+                "bytes": own.map(|(_, t)| t.byte_len()).sum::<usize>(),
             });
             if let Some(note) = m.algorithm.note() {
                 entry["note"] = json!(note);
@@ -141,6 +142,8 @@ fn state<'a>(key: &'a KeyState, binding: Option<&'a Binding>) -> (Status, Option
                 }
             }
         }
-        _ => (Status::Readable, None),
+        // Shared by modules that found their weights.
+        (KeyStatus::Readable, Some(_), None) => (Status::Matched, None),
+        (KeyStatus::Readable, None, _) => (Status::Readable, None),
     }
 }

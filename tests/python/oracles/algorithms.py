@@ -1,4 +1,4 @@
-"""LoHa, LoKr, full and (IA)^3 files by LyCORIS' own save, and LyCORIS' networks that read them back."""
+"""Files of every algorithm of LyCORIS by its own save, and LyCORIS' networks that read them back."""
 
 from __future__ import annotations
 
@@ -31,6 +31,20 @@ class Wide(producers.Layers):
         self.grouped = nn.Conv2d(24, 36, 3, padding=1, groups=2)
 
 
+class Normed(Wide):
+    """With norms, which start at 1 and 0: both are moved, or an error relative to them would hide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(48)
+        self.group_norm = nn.GroupNorm(4, 24)
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(12)
+        norms = {"layer_norm": (3, 5, 48), "group_norm": (2, 24, 7, 7)}
+        return super().inputs() | {name: torch.randn(shape, generator=generator) for name, shape in norms.items()}
+
+
 MADE = "made"
 """`create_lycoris` with the options of the file, then `load_weights`. Not for full: it rounds W to the file's dtype."""
 LOADED = "loaded"
@@ -53,21 +67,30 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     reads: Collection[str] = (MADE, LOADED)
     """The ways in which LyCORIS reads the file and is right."""
+    only_at_1: bool = False
+    """Its rule of the strength is another one than ours, and only at strength 1 the same."""
+    without: Collection[str] = ()
+    """Layers that LyCORIS cannot put this algorithm on, or not rightly."""
 
     def host(self, seed: int = 1) -> Wide:
-        """The model that the file is for. A full file of layers with a bias has `diff_b` for it, so here none has."""
-        model = Wide()
-        if self.algo == "full":
-            for layer in model.modules():
-                if hasattr(layer, "bias"):
-                    layer.bias = None
+        """The model that the file is for."""
+        model = Normed() if self.options.get("train_norm") else Wide()
+        for name in self.without:
+            delattr(model, name)
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3 + ("norm.w" in name)
         return producers.filled(model, seed)
 
     def network(self, host: nn.Module, strength: float, dtype: torch.dtype, folder: Path) -> LycorisNetwork:
         """LyCORIS' network on the host, not yet applied."""
         # As the file will have them: LyCORIS computes the scale when it makes a module, and never again.
-        alpha, conv_alpha = (float(torch.tensor(RANKS[rank]).to(dtype)) for rank in (self.rank, self.conv_rank))
+        alphas = torch.tensor([RANKS.get(rank, 1.0) for rank in (self.rank, self.conv_rank)])
+        alpha, conv_alpha = alphas.to(dtype).tolist()
         options = dict(self.options)
+        if "constraint" in options:
+            options["constraint"] = float(torch.tensor(options["constraint"]).to(dtype))
         if self.algo == "ia3":
             preset = folder / "ia3.toml"
             chosen = [f'[name_algo_map."{name}$"]\ntrain_on_input = true\n' for name in host.inputs() if on_input(name)]
@@ -102,25 +125,51 @@ class Case:
                 network = self.network(models[way], strength, dtype, path.parent)
                 network.apply_to()
                 left = network.load_weights(str(path))
+                # T-LoRA's start is no part of the file: it is computed from the host's weights again.
+                missing = [key for key in left.pop("missing keys", []) if ".base_" not in key]
+                assert not missing, missing
                 assert not left, left
             network.eval()
         return models
 
 
 def randomise(module: nn.Module, generator: torch.Generator) -> None:
-    """Factors of a LyCORIS module such that deltas have DELTA_STD, as for LoRA in `producers`."""
-    factors = dict(module.named_parameters(recurse=False))
-    if module.name == "ia3":
-        std = producers.DELTA_STD / producers.BASE_STD
-    elif module.name == "full":
-        std = producers.DELTA_STD
-    else:
-        # Every inner axis is a sum over the rank; a Tucker core has one on either side.
-        sums = sum(name.endswith(("_b", "_t1", "_t2")) for name in factors)
-        std = (producers.DELTA_STD / (module.scale * module.lora_dim ** (sums / 2))) ** (1 / len(factors))
+    """Factors of a LyCORIS module such that deltas have DELTA_STD, as for LoRA in `producers`; rotations turn by about
+    as much.
+    """
+    factors = {name: p for name, p in module.named_parameters() if not name.startswith("org_")}
+    weight, kind = module.org_module[0].weight, getattr(module, "name", "dylora")
     with torch.no_grad():
-        for factor in factors.values():
-            factor.copy_(torch.randn(factor.shape, generator=generator) * std)
+        for name, factor in factors.items():
+            noise = torch.randn(factor.shape, generator=generator)
+            if name in ("dora_scale", "rescale", "scalar"):
+                # The norms of W, or 1, or 0.
+                factor.copy_((factor + (name == "scalar")) * (1 + 0.2 * noise))
+            elif kind in ("tlora", "norm"):
+                factor.add_(noise * 0.4 * (0.5 if kind == "norm" else factor.std(unbiased=False)))
+            elif name == "oft_blocks":
+                factor.copy_(noise * 0.25 / factor.shape[-1] ** 0.5)
+            else:
+                product = [n for n in factors if n not in ("dora_scale", "scalar")]
+                factor.copy_(noise * std_of(module, kind, name, product, weight))
+
+
+def std_of(module: nn.Module, kind: str, name: str, factors: list[str], weight: torch.Tensor) -> float:
+    """Of one of the `factors` that are multiplied with each other."""
+    if kind == "ia3":
+        return producers.DELTA_STD / producers.BASE_STD
+    if kind == "full":
+        return producers.DELTA_STD
+    scale = getattr(module, "scale", 1.0)
+    if kind == "dylora":
+        # In blocks of ranks, with the scale of alpha / rank only in the file.
+        return (producers.DELTA_STD / (float(module.alpha) / module.lora_dim**0.5)) ** 0.5
+    if kind == "glora":
+        over = weight.shape[1] ** 0.5 * producers.BASE_STD if name.startswith("a") else 1
+        return (producers.DELTA_STD / (scale * module.lora_dim**0.5 * over)) ** 0.5
+    # Every inner axis is a sum over the rank; a Tucker core has one on either side.
+    sums = sum(n.endswith(("_b", "_t1", "_t2", "lora_down.weight", "lora_mid.weight")) for n in factors)
+    return (producers.DELTA_STD / (scale * module.lora_dim ** (sums / 2))) ** (1 / len(factors))
 
 
 def _cases() -> dict[str, Case]:
@@ -147,6 +196,60 @@ def _cases() -> dict[str, Case]:
     lokr("whole", 100_000, 100_000, (MADE, LOADED), factor=8, full_matrix=True)
     cases["full"] = Case("full", reads=(LOADED,))
     cases["ia3"] = Case("ia3", reads=(MADE,))
+    return cases | _dora() | _others()
+
+
+def _dora() -> dict[str, Case]:
+    """LyCORIS moves `W + dW` by the strength, `dW` itself stays: with us strength 0 is the base."""
+    cases = {}
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "lora": ("lora", {}),
+        "locon-tucker": ("locon", {"use_tucker": True}),
+        "loha": ("loha", {}),
+        "loha-tucker": ("loha", {"use_tucker": True}),
+        "lokr": ("lokr", {"factor": 4}),
+        "lokr-both": ("lokr", {"factor": 8, "decompose_both": True}),
+    }
+    for kind, (algo, options) in kinds.items():
+        for side in (True, False):
+            told = options | {"dora_wd": True, "wd_on_output": side}
+            # LyCORIS' loader does not see on which side; and of LoKr not the factors.
+            reads = (MADE, LOADED) if side and algo != "lokr" else (MADE,)
+            cases[f"dora-{kind}-{'out' if side else 'in'}"] = Case(algo, 7, 3, told, reads, only_at_1=True)
+    return cases
+
+
+KERNELS = ("line", "plane", "plane_oblong", "space", "wide_line", "wide_plane", "wide_space", "grouped")
+
+
+def _others() -> dict[str, Case]:
+    cases = {f"{algo}-scalar": Case(algo, 7, 3, {"use_scalar": True}) for algo in ("lora", "loha")}
+    cases["lokr-scalar"] = Case("lokr", 3, 3, {"use_scalar": True, "factor": 4}, (MADE,))
+    cases["lora-and-norms"] = Case("lora", 3, 7, {"train_norm": True})
+    # LyCORIS draws the rank of every forward and every merge at random.
+    cases["dylora"] = Case("dylora", 16, 16, {"block_size": 4}, ())
+    # It gives a factor of all input channels to a layer with groups.
+    for rank, conv_rank in ((1, 7), (7, 16), (16, 1)):
+        cases[f"glora-r{rank}"] = Case("glora", rank, conv_rank, without=("grouped",))
+    cases["glora-scalar"] = Case("glora", 7, 3, {"use_scalar": True}, without=("grouped",))
+    # Of LyCORIS' T-LoRA on kernels the delta is 1x1.
+    cases["tlora-r3"] = Case("tlora", 3, 3, without=KERNELS)
+    cases["tlora-r16"] = Case("tlora", 16, 7, without=KERNELS)
+    for size in (4, 8):
+        cases[f"oft-{size}"] = Case("diag-oft", size, size)
+        cases[f"oft-{size}-bound"] = Case("diag-oft", size, size, {"constraint": 0.01})
+    cases["oft-4-unbound"] = Case("diag-oft", 4, 4, {"constraint": 3.0})
+    # LyCORIS multiplies by `rescale` at any strength; with us strength 0 is the base.
+    cases["oft-4-rescaled"] = Case("diag-oft", 4, 4, {"rescaled": True}, only_at_1=True)
+    both = {"rescaled": True, "constraint": 0.01}
+    cases["oft-8-bound-rescaled"] = Case("diag-oft", 8, 8, both, only_at_1=True)
+    # No power of two divides their rows into blocks of an even size up to 10.
+    odd = ("wide_line", "grouped", "plane_point")
+    cases["boft-30"] = Case("boft", 30, 30)
+    cases["boft-10"] = Case("boft", 10, 10, without=odd)
+    cases["boft-10-bound"] = Case("boft", 10, 10, {"constraint": 0.01}, without=odd)
+    cases["boft-10-rescaled"] = Case("boft", 10, 10, {"rescaled": True}, only_at_1=True, without=odd)
+    cases["boft-30-bound-rescaled"] = Case("boft", 30, 30, both, only_at_1=True)
     return cases
 
 

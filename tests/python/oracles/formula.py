@@ -1,6 +1,6 @@
-"""What an adapter file does to a weight, in float64, from the file's own tensors.
+"""What an adapter file does to a weight and a bias, in float64, from the file's own tensors.
 
-    W' = W + sum over adapters of strength * scale * delta, every delta of the same W
+    W' = W + sum over adapters of what each adds to the same W: `forms.added`, for most strength * scale * delta
     delta: `lora_formula.product`
     scale = alpha / rank;  alpha / sqrt(rank) for PEFT's use_rslora;  1 when nothing tells alpha or there is no rank
 
@@ -14,26 +14,38 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import forms
 import numpy
 import torch
-from lora_formula import product, rank
+from lora_formula import rank
 from safetensors import safe_open
 
+VERA = ("A", "B", "lambda_b", "lambda_d")
 SPELLINGS = {
     ".lora_up.weight": "up",
     ".lora_down.weight": "down",
     ".lora_mid.weight": "mid",
+    ".lora_up.bias": "up_bias",
     ".alpha": "alpha",
     ".lora_B.weight": "up",
     ".lora_A.weight": "down",
+    ".lora_B.bias": "up_bias",
+    ".lora_embedding_A": "embedding_A",
+    ".lora_embedding_B": "embedding_B",
+    ".lora_magnitude_vector": "magnitude_vector",
+    ".oft_R.weight": "oft_R",
     **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    ".diff": "diff",
-    ".on_input": "on_input",
+    **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2", "p_layer", "q_layer")},
+    **{f".oft_blocks.{part}": f"oft_blocks.{part}" for part in range(4)},
+    **{f".{name}": name for name in ("dora_scale", "scalar", "diff", "diff_b", "w_norm", "b_norm", "set_weight")},
+    **{
+        f".{name}": name for name in ("reshape_weight", "on_input", "lambda_layer", "oft_blocks", "oft_diag", "rescale")
+    },
+    **{f".{name}": name for name in ("boft_R", "boft_s", "ia3_l", *(f"vera_{n}" for n in VERA))},
     # Last: the ends of others end like it.
     ".weight": "weight",
 }
@@ -47,32 +59,57 @@ class Change:
 
     factors: Mapping[str, numpy.ndarray]
     scale: float
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """PEFT's, for the methods whose tensors do not tell all."""
+
+    def added(self, weight: torch.Tensor, strength: float) -> numpy.ndarray:
+        """What a weight gets at a strength. Strength 0 gives nothing; most forms are linear in it, BOFT is not."""
+        return forms.added(self.factors, self.scale, wide(weight), strength, self.config)
+
+    def size(self, weight: torch.Tensor, strength: float) -> numpy.ndarray:
+        """The same with absolute values: what rounding errors of the sums are relative to."""
+        return forms.added(self.factors, self.scale, wide(weight), strength, self.config, size=True)
+
+    def added_to_bias(self, bias: torch.Tensor, strength: float) -> numpy.ndarray | None:
+        """What a bias gets; None when the module changes none."""
+        return forms.added_to_bias(self.factors, self.scale, wide(bias), strength)
+
+    def size_in_bias(self, bias: torch.Tensor, strength: float) -> numpy.ndarray | None:
+        """The same with absolute values."""
+        return forms.added_to_bias(self.factors, self.scale, wide(bias), strength, size=True)
 
     def delta(self, weight: torch.Tensor) -> numpy.ndarray:
-        """At strength 1, in the shape of the weight; only (IA)^3 looks at its values."""
-        if "weight" in self.factors:
-            return product(self.factors, weight.detach().double().numpy())
-        return self._delta.reshape(weight.shape)
+        """At strength 1, in the shape of the weight."""
+        return self.added(weight, 1.0)
 
-    def magnitude(self, weight: torch.Tensor) -> numpy.ndarray:
-        """The same with absolute values: what rounding errors of the sums are relative to."""
-        if "weight" in self.factors:
-            return abs(self.delta(weight))
-        return self._magnitude.reshape(weight.shape)
+    @property
+    def on_weight(self) -> bool:
+        """Whether it changes the weight at all."""
+        return forms.changes_weight(self.factors)
 
-    @cached_property
-    def _delta(self) -> numpy.ndarray:
-        return self.scale * product(self.factors)
 
-    @cached_property
-    def _magnitude(self) -> numpy.ndarray:
-        return abs(self.scale) * product({name: abs(value) for name, value in self.factors.items()})
+def wide(values: torch.Tensor) -> numpy.ndarray:
+    """In float64."""
+    return values.detach().double().numpy()
+
+
+@dataclass(frozen=True)
+class OfBias:
+    """A module's change of its layer's bias, with the interface of what it does to the weight."""
+
+    change: Change
+
+    def added(self, bias: torch.Tensor, strength: float) -> numpy.ndarray:
+        return self.change.added_to_bias(bias, strength)
+
+    def size(self, bias: torch.Tensor, strength: float) -> numpy.ndarray:
+        return self.change.size_in_bias(bias, strength)
 
 
 def read(path: Path, config: Mapping[str, Any] | None = None) -> dict[str, Change]:
     """The modules of a file by their names in it.
 
-    `config` is PEFT's LoraConfig as JSON, for the modules without a stored alpha; with the keys of a file's
+    `config` is PEFT's configuration as JSON, for what modules do not store; with the keys of a file's
     `lora_adapter_metadata` when the names of its components stand before them.
     """
     groups: dict[str, dict[str, numpy.ndarray]] = {}
@@ -81,11 +118,41 @@ def read(path: Path, config: Mapping[str, Any] | None = None) -> dict[str, Chang
             suffix = next(s for s in SPELLINGS if key.endswith(s))
             value = file.get_tensor(key).double().numpy()
             groups.setdefault(key.removesuffix(suffix), {})[SPELLINGS[suffix]] = value
+    # VeRA's projections stand once in a file.
+    shared = groups.pop("base_model", {})
     changes = {}
     for name, factors in groups.items():
-        inner, alpha = rank(factors), factors.pop("alpha", None)
-        changes[name] = Change(factors, 1.0 if inner is None else scale_of(alpha, config or {}, name, inner))
+        inner = inner_rank(factors)
+        # Rotations keep in `alpha` what limits them, and no rank's alpha.
+        alpha = None if any(n.startswith("oft_") for n in factors) else factors.pop("alpha", None)
+        if "ia3_l" in factors:
+            factors["axis"] = ia3_axis(factors["ia3_l"], config or {}, name)
+        if inner is None:
+            scale = scale_in(config or {}, name, None) if "lokr_w2" in factors else 1.0
+        else:
+            scale = scale_of(alpha, config or {}, name, inner)
+        changes[name] = Change(factors | shared, scale, config or {})
     return changes
+
+
+def inner_rank(factors: Mapping[str, numpy.ndarray]) -> int | None:
+    """What a stored alpha is divided by; None where there is no such number."""
+    if "lambda_layer" in factors:
+        return factors["lambda_layer"].size
+    if "embedding_A" in factors:
+        return len(factors["embedding_A"])
+    if "a1" in factors:
+        # a1 [I, r] beside b1 [O, r], or in older files a1 [r, I] beside b1 [r, I].
+        a1, a2, b1, b2 = (factors[name].shape for name in ("a1", "a2", "b1", "b2"))
+        return a1[1] if a1[1] == a2[0] == b1[1] == b2[0] else a1[0]
+    return rank(factors)
+
+
+def ia3_axis(values: numpy.ndarray, config: Mapping[str, Any], module: str) -> int:
+    """0 output, 1 input: PEFT's Linear says it by its shape, a convolution by the configuration."""
+    if values.ndim == 2:
+        return int(values.shape[0] == 1)
+    return int(any(module.endswith(name) for name in config["feedforward_modules"]))
 
 
 def scale_of(alpha: numpy.ndarray | None, config: Mapping[str, Any], module: str, rank: int) -> float:
@@ -93,18 +160,22 @@ def scale_of(alpha: numpy.ndarray | None, config: Mapping[str, Any], module: str
     return scale_in(config, module, rank) if alpha is None else float(alpha) / rank
 
 
-def scale_in(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The scale that a PEFT config gives a module; 1 when it gives no alpha."""
+def scale_in(config: Mapping[str, Any], module: str, rank: int | None) -> float:
+    """The scale that a PEFT config gives a module; 1 when it gives no alpha. Without a rank the config's own."""
     component = module.split(".")[0] + "."
     if any(key.startswith(component) for key in config):
         config = {key.removeprefix(component): value for key, value in config.items() if key.startswith(component)}
-    if "lora_alpha" not in config:
+    alpha = config.get("lora_alpha", config.get("alpha"))
+    if alpha is None:
         return 1.0
-    patterns = config["alpha_pattern"]
-    # PEFT: a pattern is a regular expression that names the end of the module's path; the first that fits.
-    fitting = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
-    alpha = config["lora_alpha"] if fitting is None else patterns[fitting]
-    return alpha / (rank**0.5 if config["use_rslora"] else rank)
+
+    def picked(patterns: Mapping[str, float], default: float) -> float:
+        # PEFT: a pattern is a regular expression that names the end of the module's path; the first that fits.
+        fitting = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", module)), None)
+        return default if fitting is None else patterns[fitting]
+
+    rank = rank or picked(config["rank_pattern"], config["r"])
+    return picked(config["alpha_pattern"], alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def metadata_config(path: Path) -> dict[str, Any]:
@@ -143,20 +214,21 @@ class Tally:
     problems: list[str] = field(default_factory=list)
 
     def add(
-        self, name: str, got: torch.Tensor, base: torch.Tensor, changes: Sequence[tuple[float, Change]]
+        self, name: str, got: torch.Tensor, base: torch.Tensor, changes: Sequence[tuple[float, Change | OfBias]]
     ) -> numpy.ndarray:
-        """One weight under (strength, change) pairs; returns the exact sum."""
+        """One weight or bias under (strength, change) pairs; returns the exact sum."""
         weight, got, base = base, got.detach().double().numpy(), base.detach().double().numpy()
         want, magnitude = base.copy(), abs(base)
         for strength, change in changes:
-            want = want + strength * change.delta(weight)
-            magnitude = magnitude + abs(strength) * change.magnitude(weight)
+            want = want + change.added(weight, strength)
+            magnitude = magnitude + change.size(weight, strength)
         right = rounded(want, self.dtype)
         self.elements += got.size
         self.equal += int((got == right).sum())
         if self.dtype == torch.float32:
             error = abs(got - want)
-            worst, limit = float((error / magnitude).max()), TOLERANCE
+            # 0 by 0: a bias of 0 that stays so.
+            worst, limit = float((error / numpy.maximum(magnitude, 1e-30)).max()), TOLERANCE
             of_tensor = float(error.max() / max(abs(want).max(), abs(base).max()))
             self.worst_of_tensor = max(self.worst_of_tensor, of_tensor)
             if of_tensor > TOLERANCE:

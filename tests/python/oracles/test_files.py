@@ -36,6 +36,18 @@ def weights_of(model: torch.nn.Module, prefix: str = "") -> dict[str, torch.Tens
     return {f"{prefix}{name}": p.detach() for name, p in model.named_parameters() if p.ndim > 1}
 
 
+def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Also biases and the weights of norms."""
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def parts_of(change: formula.Change, weight: str, weights) -> list[tuple[str, formula.Change | formula.OfBias]]:
+    """The weight and the bias that a module changes, with what it does to each."""
+    bias = weight.removesuffix("weight") + "bias"
+    changed = bias in weights and change.added_to_bias(weights[bias], 1.0) is not None
+    return [(weight, change)] * change.on_weight + [(bias, formula.OfBias(change))] * changed
+
+
 def merged_like_the_formula(weights, dtype, path, changes, target_of, strengths=STRENGTHS) -> None:
     """Applies a file to weights in `dtype` at one strength after another, on one stack.
 
@@ -44,16 +56,17 @@ def merged_like_the_formula(weights, dtype, path, changes, target_of, strengths=
     base = {name: weight.to(dtype) for name, weight in weights.items()}
     live = {name: weight.clone() for name, weight in base.items()}
     tally = formula.Tally(dtype)
+    parts = [(module, *part) for module, c in changes.items() for part in parts_of(c, target_of(module), base)]
     with lycore.Stack(live) as stack:
         handle = stack.add(path)
         everything_matched(handle, changes)
         for strength in strengths:
             handle.strength = strength
-            assert stack.apply().changed == len(changes)
-            for module, change in changes.items():
-                name = target_of(module)
+            assert stack.apply().changed == len(parts)
+            for module, name, change in parts:
                 tally.add(f"{module} at {strength}", live[name], base[name], [(strength, change)])
-        touched = {target_of(module) for module in changes}
+                assert strength or torch.equal(live[name], base[name]), f"{name}: strength 0 is the base"
+        touched = {name for _, name, _ in parts}
         assert all(torch.equal(live[name], base[name]) for name in live if name not in touched)
     tally.check()
     assert all(torch.equal(live[name], base[name]) for name in live)
@@ -62,8 +75,10 @@ def merged_like_the_formula(weights, dtype, path, changes, target_of, strengths=
 def everything_matched(handle: lycore.Handle, changes) -> None:
     report = handle.report()
     assert report["summary"].pop("modules") == len(changes)
-    matched = report["summary"].pop("matched")
-    assert matched == len(report["keys"]), report["keys"]
+    # VeRA's projections are no module's own; a test of damaged files is about how they are reported.
+    shared = sum(key["key"].startswith("base_model.vera_") and key["status"] == "readable" for key in report["keys"])
+    report["summary"]["readable"] = report["summary"].get("readable", 0) - shared
+    assert report["summary"].pop("matched") + shared == len(report["keys"]), report["keys"]
     assert not any(v for k, v in report["summary"].items() if k != "keys"), report["summary"]
 
 
@@ -71,13 +86,15 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.detach().double() - want).abs().max() / want.abs().max())
 
 
-def oracle_agrees_by_layer(oracle: torch.nn.Module, host, changes, target_of, strength: float) -> None:
+def oracle_agrees_by_layer(
+    oracle: torch.nn.Module, host, changes, target_of, strength: float, bound: float = FORWARD
+) -> None:
     """Every layer of the oracle's model against the layer merged by the formula, in float64."""
     exact = copy.deepcopy(host).double()
     parameters, worst = dict(exact.named_parameters()), {}
     for module, change in changes.items():
-        weight = parameters[target_of(module)]
-        weight.data += torch.from_numpy(strength * change.delta(weight))
+        for name, part in parts_of(change, target_of(module), parameters):
+            parameters[name].data += torch.from_numpy(part.added(parameters[name], strength))
     inputs = host.inputs()
     assert len(changes) == len(inputs)
     for name, x in inputs.items():
@@ -85,7 +102,7 @@ def oracle_agrees_by_layer(oracle: torch.nn.Module, host, changes, target_of, st
         assert relative(host.get_submodule(name)(x), want) > 1e-2, "the adapter must show"
         worst[name] = relative(oracle.get_submodule(name)(x), want)
     print(f"oracle's forward at {strength}: worst {max(worst.values()):.2e}")
-    assert max(worst.values()) <= FORWARD, worst
+    assert max(worst.values()) <= bound, worst
 
 
 # lycoris-lora: `create_lycoris(..).save_weights(..)`.
