@@ -81,7 +81,7 @@ class Targets:
         return lycore.Stack(weights, aliases=aliases)
 
     def place(self, module: str, target: str, part: Mapping[str, int] | None) -> Place:
-        """Where on `target`, the weight that LyCore found for it, a module goes; `part` is the slice of LyCore's report."""
+        """Where on `target`, the weight that LyCore found for it, a module goes. `part` is its report's slice."""
         for table, name in ((self._places, module), (self._flat, module.replace(".", "_"))):
             place = table.get(name)
             if place is not None and place.key == target:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .adapter import AdapterTensor as AdapterTensor
     from .adapter import Module as Module
     from .adapter import open_adapter
+    from .adapter import report_text as report_text
     from .checkpoint import merge as merge
     from .errors import AdapterKeyError as AdapterKeyError
     from .errors import ArgumentError as ArgumentError
@@ -83,6 +84,7 @@ _HOMES = {
     "Module": "adapter",
     "Network": "network",
     "open": "adapter",
+    "report_text": "adapter",
     "resize": "tools",
     "ShapeError": "errors",
     "Stack": "stack",

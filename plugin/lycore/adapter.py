@@ -120,7 +120,7 @@ class Adapter:
         return json.loads(owner.library.text("lycore_adapter_report", owner))
 
     def prefix(self, rank: int) -> Adapter:
-        """A new adapter whose modules are cut to their first `rank` ranks, for files trained so that every prefix works.
+        """A new adapter whose modules are cut to their first `rank` ranks; for files in which every prefix works.
 
         DyLoRA (alpha stays, so the scale becomes alpha / rank) and T-LoRA (the scale stays, as under its mask).
         UnsupportedError when no module has ranks that can be cut.

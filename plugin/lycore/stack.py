@@ -100,10 +100,11 @@ class Stack(Closable):
 
     `weights` are [out, in] or [out, in / groups, kernel..], under the host's own names: a mapping of names to torch
     tensors (CPU or CUDA; float32, float16, bfloat16) or writable numpy arrays, or a torch.nn.Module, of which every
-    floating-point parameter is taken, biases and norms too. Their memory is used in place and kept alive; do not move a model while a stack is on it. `backup` says where the pristine
-    copies are kept: on the weights' "device" or on the "host". `aliases` maps spellings of adapter files to a
-    weight's name, or to (name, axis, start, length) for a part of it, and wins over the built-in rules. An adapter made
-    for another family of models is refused by `add`, unless all of it fits or `other_families` is true.
+    floating-point parameter is taken, biases and norms too. Their memory is used in place and kept alive; do not move
+    a model while a stack is on it. `backup` says where the pristine copies are kept: on the weights' "device" or on
+    the "host". `aliases` maps spellings of adapter files to a weight's name, or to (name, axis, start, length) for a
+    part of it, and wins over the built-in rules. An adapter made for another family of models is refused by `add`,
+    unless all of it fits or `other_families` is true.
 
     As a context manager it gives the weights their base back at the end. One call at a time; a second thread gets
     BusyError.
@@ -147,8 +148,8 @@ class Stack(Closable):
     ) -> Handle:
         """Puts an adapter (or its file) on the stack; takes effect with the next `apply`.
 
-        Raises AdapterKeyError when none of its modules finds its weight, or when it is made for another family of models;
-        single modules that find none are in the handle's report.
+        Raises AdapterKeyError when none of its modules finds its weight, or when it is made for another family of
+        models; single modules that find none are in the handle's report.
         """
         owner = self._handle()
         strengths = Strengths.of(strength, unet, text_encoder, modules)

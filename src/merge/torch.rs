@@ -84,7 +84,7 @@ pub fn merge(
         let pristine =
             terms.iter().any(|t| t.op.reads_weight()).then(|| packed(&sum, sum.device())).transpose()?;
         // What moves W towards a value comes first and takes W out of it before: the difference would be rounded at W's size.
-        let (towards, others): (Vec<_>, Vec<_>) =
+        let (towards, others): (Vec<&Term<'_>>, Vec<&Term<'_>>) =
             terms.into_iter().partition(|t| matches!(t.op, Op::Replace(_)));
         for term in towards.into_iter().chain(others) {
             let Region { rows, cols, .. } = Region::of(name, base.shape(), term.slice)?;

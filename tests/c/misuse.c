@@ -12,6 +12,7 @@ static void adapter_calls(lycore_adapter *handle, lycore_status want) {
     FAILS(want, lycore_adapter_report(handle, &out.text, e));
     FAILS(want, lycore_adapter_module(handle, 0, &out.module, e));
     FAILS(want, lycore_adapter_tensor(handle, 0, 0, &out.name, &out.tensor, e));
+    FAILS(want, lycore_adapter_prefix(handle, 1, &out.adapter, e));
     FAILS(want, lycore_adapter_save(handle, output_path, e));
     FAILS(want, lycore_stack_add_adapter(stack, handle, NULL, &out.number, e));
     FAILS(want, lycore_checkpoint_merge(base_path, list, NULL, 1, output_path, NULL, NULL, &out.text, e));
@@ -23,6 +24,7 @@ static void adapter_calls(lycore_adapter *handle, lycore_status want) {
 static void stack_calls(lycore_stack *handle, lycore_status want) {
     FAILS(want, lycore_stack_add_target(handle, "new", &weight, e));
     FAILS(want, lycore_stack_add_alias(handle, "spelling", layers[PROJ].target, NULL, e));
+    FAILS(want, lycore_stack_allow_other_families(handle, 1, e));
     FAILS(want, lycore_stack_add_adapter(handle, adapter, NULL, &out.number, e));
     FAILS(want, lycore_stack_set_strengths(handle, 1, NULL, e));
     FAILS(want, lycore_stack_remove_adapter(handle, 1, e));
@@ -185,6 +187,12 @@ static void pointers(void) {
     FAILS(null, lycore_adapter_module(adapter, 0, NULL, e));
     FAILS(null, lycore_adapter_tensor(adapter, 0, 0, NULL, &out.tensor, e));
     FAILS(null, lycore_adapter_tensor(adapter, 0, 0, &out.name, NULL, e));
+    FAILS(null, lycore_adapter_prefix(adapter, 1, NULL, e));
+    FAILS(bad, lycore_adapter_prefix(adapter, 0, &out.adapter, e));
+    FAILS(null, lycore_report_text(NULL, 0, &out.text, e));
+    FAILS(null, lycore_report_text("{}", 0, NULL, e));
+    FAILS(bad, lycore_report_text(not_utf8, 0, &out.text, e));
+    FAILS(bad, lycore_report_text("{}", 0, &out.text, e));
     FAILS(null, lycore_adapter_save(adapter, NULL, e));
     FAILS(bad, lycore_adapter_save(adapter, not_utf8, e));
 
@@ -218,6 +226,23 @@ static void pointers(void) {
     FAILS(bad, lycore_checkpoint_merge(base_path, list, NULL, 1, not_utf8, NULL, NULL, NULL, e));
     FAILS(bad, lycore_checkpoint_merge(base_path, list, NULL, 1, output_path, not_utf8, NULL, NULL, e));
     FAILS(bad, lycore_checkpoint_merge(base_path, list, NULL, UINT64_MAX / 4, output_path, NULL, NULL, NULL, e));
+
+    const char *const files[1] = {base_path}, *const no_file[1] = {NULL}, *const not_a_file[1] = {not_utf8};
+    FAILS(null, lycore_resize(NULL, output_path, NULL, NULL, &out.text, e));
+    FAILS(null, lycore_resize(base_path, NULL, NULL, NULL, &out.text, e));
+    FAILS(bad, lycore_resize(not_utf8, output_path, NULL, NULL, &out.text, e));
+    FAILS(bad, lycore_resize(base_path, output_path, not_utf8, NULL, &out.text, e));
+    FAILS(bad, lycore_resize(base_path, output_path, "{\"rnk\": 4}", NULL, &out.text, e));
+    FAILS(null, lycore_combine(NULL, NULL, 1, output_path, NULL, NULL, &out.text, e));
+    FAILS(null, lycore_combine(no_file, NULL, 1, output_path, NULL, NULL, &out.text, e));
+    FAILS(null, lycore_combine(files, NULL, 1, NULL, NULL, NULL, &out.text, e));
+    FAILS(bad, lycore_combine(not_a_file, NULL, 1, output_path, NULL, NULL, &out.text, e));
+    FAILS(bad, lycore_combine(files, NULL, UINT64_MAX / 4, output_path, NULL, NULL, &out.text, e));
+    FAILS(bad, lycore_combine(files, NULL, 1, output_path, "[]", NULL, &out.text, e));
+    FAILS(null, lycore_extract(NULL, base_path, output_path, NULL, NULL, &out.text, e));
+    FAILS(null, lycore_extract(base_path, NULL, output_path, NULL, NULL, &out.text, e));
+    FAILS(null, lycore_extract(base_path, base_path, NULL, NULL, NULL, &out.text, e));
+    FAILS(bad, lycore_extract(base_path, base_path, output_path, "{\"rank\": -1}", NULL, &out.text, e));
 
     FAILS(null, lycore_network_new(NULL, &out.network, e));
     FAILS_NETWORK(null, lycore_network_new("{}", NULL, e));

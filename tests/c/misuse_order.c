@@ -29,7 +29,7 @@ static void adapters(void) {
     const st_tensor half[] = {{"lora_unet_a.lora_up.weight", "F32", 2, {2, 2}, zeros}};
     const st_tensor misfit[] = {{"lora_unet_a.lora_up.weight", "F32", 2, {2, 2}, zeros}, {"lora_unet_a.lora_down.weight", "F32", 2, {3, 2}, zeros}};
     const st_tensor integers[] = {{"lora_unet_a.lora_up.weight", "I64", 2, {2, 2}, zeros}, {"lora_unet_a.lora_down.weight", "I64", 2, {2, 2}, zeros}};
-    const st_tensor foreign[] = {{"lora_unet_a.vera_lambda_b", "F32", 1, {2}, zeros}};
+    const st_tensor foreign[] = {{"lora_unet_a.bias_indices", "F32", 1, {2}, zeros}};
     const struct { const void *bytes; const st_tensor *tensors; int count; size_t size; lycore_status want; } cases[] = {
         {"", NULL, 0, 0, LYCORE_FILE},
         {"garbage", NULL, 0, 7, LYCORE_FILE},

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import lycore
 import numpy
 import pytest
 from numpy.lib.stride_tricks import as_strided
 from safetensors.numpy import save_file
+
+import lycore
 
 LISTS = Path(__file__).resolve().parents[1] / "golden" / "names"
 FAMILIES = sorted(path.stem for path in LISTS.glob("*.json"))
@@ -170,7 +171,9 @@ def test_split_modules_on_a_fused_weight_and_the_reverse(make_lora, rng):
         for name in fused:
             assert numpy.abs(on_fused[name]).max() > 1e-4
             assert numpy.allclose(on_fused[name], on_split[name], rtol=1e-6, atol=1e-7), (lora.path.stem, name)
-    want = numpy.concatenate([loras[1].deltas[f"transformer.{part}"] for part, _ in pieces["double_blocks.0.img_attn.qkv.weight"]])
+    want = numpy.concatenate(
+        [loras[1].deltas[f"transformer.{part}"] for part, _ in pieces["double_blocks.0.img_attn.qkv.weight"]]
+    )
     got = delta_of(loras[1], fused)["double_blocks.0.img_attn.qkv.weight"]
     assert numpy.allclose(got, want, rtol=1e-5, atol=1e-6)
 
