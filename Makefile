@@ -91,6 +91,7 @@ test-gpu: lib small
 
 bench: lib small
 	$(PY) tests/bench/merge.py --device cpu
+	$(PY) tests/bench/tools.py
 
 bench-gpu: lib
 	$(PY) tests/bench/merge.py --device cuda
