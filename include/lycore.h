@@ -606,6 +606,28 @@ lycore_status lycore_checkpoint_merge(const char *base,
                                       char **report,
                                       struct lycore_error **error);
 
+// Writes an adapter in the spelling of another program. Values stay the same to the bit, metadata is kept; alphas go where the spelling keeps
+// them. Weights that one layout has in one piece and the other in several are cut and put together by rows. What the spelling cannot say is
+// LYCORE_UNSUPPORTED with every such module in the message, and nothing is written. `output` appears whole or not at all and may be the
+// adapter's own file.
+//
+// `options` is JSON: {"to": "kohya" | "comfyui" | "diffusers" | "peft" (required), "family": the model's family as lycore_adapter_convert
+// reports it (default: told from the names), "component": "unet" | "transformer" | "text_encoder" | "text_encoder_2" | "text_encoder_3"
+// (writes only this model's modules; required for "peft" when the file has several), "skip": true (leaves out what cannot be said and lists
+// it in the report)}. For "peft" `output` is a file, or a folder that gets adapter_model.safetensors; adapter_config.json is written beside it
+// and never over that of another adapter.
+// `report` may be NULL; it becomes JSON {"input", "output", "config": path or null, "to", "family": {"name", "reason"} or null, "summary":
+// {"modules", "written", "tensors", "split", "fused", "left_out"}, "modules": [{"module", "becomes": [text]}], "left_out": [{"module",
+// "reason"}]}, freed with lycore_text_free.
+//
+// # Safety
+// The texts are NUL-terminated UTF-8; `report` and `error` are NULL or may be written.
+lycore_status lycore_adapter_convert(const struct lycore_adapter *adapter,
+                                     const char *output,
+                                     const char *options,
+                                     char **report,
+                                     struct lycore_error **error);
+
 // A new network without modules. `config` is JSON with sd-scripts' names where it has them; lycore_network_schema tells all keys with
 // their defaults. All problems of a config are reported at once.
 //

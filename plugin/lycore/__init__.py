@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .adapter import open_adapter
     from .adapter import report_text as report_text
     from .checkpoint import merge as merge
+    from .conversion import convert as convert
     from .errors import AdapterKeyError as AdapterKeyError
     from .errors import ArgumentError as ArgumentError
     from .errors import BackendError as BackendError
@@ -69,6 +70,7 @@ _HOMES = {
     "Cancel": "progress",
     "Cancelled": "errors",
     "combine": "tools",
+    "convert": "conversion",
     "DeviceError": "errors",
     "DtypeError": "errors",
     "extract": "tools",

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from . import __version__, cli_tools
+from . import __version__, cli_convert, cli_tools
 
 if TYPE_CHECKING:
     from .progress import Cancel
@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     merge.set_defaults(run=run_merge)
     cli_tools.add_parsers(commands, as_json)
+    cli_convert.add_parser(commands)
     return top
 
 

@@ -79,6 +79,8 @@ impl PeftConfig {
     fn numbers(&self, module: &str) -> Option<(f64, f64, bool)> {
         let part = self.part(module)?;
         let (alpha, rank) = part.scale?;
+        // Patterns are written for the names inside the component.
+        let module = module.strip_prefix(&part.prefix).unwrap_or(module);
         let pick = |table: &[(regex_lite::Regex, f64)], default| {
             table.iter().find(|(pattern, _)| pattern.is_match(module)).map_or(default, |(_, v)| *v)
         };
@@ -132,9 +134,8 @@ impl Part {
             let Some(table) = field(name).and_then(Value::as_object) else { return Ok(Vec::new()) };
             let entry = |(pattern, v): (&String, &Value)| {
                 // PEFT matches a pattern at the end of the path, after the start or a dot.
-                let regex =
-                    regex_lite::Regex::new(&format!(r"^(?:.*\.)?(?:{})$", pattern.trim_start_matches('^')))
-                        .map_err(|e| format!("`{prefix}{name}`: `{pattern}`: {e}"))?;
+                let regex = regex_lite::Regex::new(&format!(r"^(?:.*\.)?(?:{})$", pattern))
+                    .map_err(|e| format!("`{prefix}{name}`: `{pattern}`: {e}"))?;
                 Ok((regex, number(name, v)?))
             };
             table.iter().map(entry).collect()
@@ -160,7 +161,7 @@ mod tests {
     #[test]
     fn alpha_follows_component_pattern_and_rank_stabilisation() {
         let config = inside(
-            r#"{"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"to_q": 2}, "unet.rank_pattern": {},
+            r#"{"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {"^down.0.to_v": 3, "to_q": 2}, "unet.rank_pattern": {},
                 "text_encoder.r": 16, "text_encoder.lora_alpha": 3, "text_encoder.use_rslora": true}"#,
         )
         .unwrap()
@@ -168,6 +169,8 @@ mod tests {
         assert_eq!(config.alpha("unet.down.0.to_k"), Some(8.0));
         assert_eq!(config.alpha("unet.down.0.to_q"), Some(2.0));
         assert_eq!(config.alpha("unet.down.0.not_to_q"), Some(8.0));
+        assert_eq!(config.alpha("unet.down.0.to_v"), Some(3.0));
+        assert_eq!(config.alpha("unet.up.down.0.to_v"), Some(8.0));
         assert_eq!(config.alpha("text_encoder.q_proj"), Some(12.0));
         assert_eq!(config.alpha("vae.q_proj"), None);
     }

@@ -11,6 +11,7 @@ mod handle;
 
 pub mod adapter;
 pub mod checkpoint;
+pub mod convert;
 pub mod network;
 pub mod progress;
 pub mod stack;

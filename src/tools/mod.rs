@@ -1,4 +1,5 @@
-//! Tools that make an adapter file from others: `resize` (fewer ranks), `combine` (several into one), `extract` (from two checkpoints).
+//! Tools that make an adapter file from others: `resize` (fewer ranks), `combine` (several into one), `extract` (from two checkpoints),
+//! `convert` (another spelling).
 //!
 //! All of them see a module as a `delta`: thin factors where the algorithm has them or can be written so exactly, else the whole matrix.
 //! `svd` cuts one to a rank, `rule` picks the rank, `sparse` are the merging methods that work on whole matrices. `source` reads a file
@@ -7,6 +8,7 @@
 //! Modules are worked on in parallel, a few at a time, and written in their order; the output appears whole or not at all.
 
 pub mod combine;
+pub mod convert;
 mod delta;
 pub mod extract;
 mod matching;

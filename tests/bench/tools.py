@@ -1,7 +1,7 @@
 """Resizing and combining LoRAs of SDXL's attention weights, 511 MB each in fp16: time, memory, and the usual way.
 
 The usual way (sd-scripts' resize_lora, svd_merge_lora) multiplies up and down and takes torch's SVD of the whole
-weight. It is timed on one weight of each shape and multiplied by their number, as all of them take a quarter of an hour.
+weight. It is timed on one weight of each shape and multiplied by their number, as all of them take too long.
 """
 
 from __future__ import annotations

@@ -7,8 +7,18 @@ fn header_is_fresh() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let config = cbindgen::Config::from_root_or_default(root);
     let mut made = Vec::new();
-    let sources =
-        ["status", "progress", "tensor", "version", "adapter", "stack", "checkpoint", "network", "tools"];
+    let sources = [
+        "status",
+        "progress",
+        "tensor",
+        "version",
+        "adapter",
+        "stack",
+        "checkpoint",
+        "convert",
+        "network",
+        "tools",
+    ];
     let mut builder = cbindgen::Builder::new().with_config(config);
     for name in sources {
         builder = builder.with_src(root.join("src/ffi").join(name).with_extension("rs"));
