@@ -204,3 +204,21 @@ def test_the_models_of_diffusers_as_they_are(write, name, options):
         path = write({prefix + n.removesuffix(".weight"): s for n, s in weights.items()})
         report = host(weights).add(path).report()
         assert report["summary"]["unmatched"] == 0 and report["summary"]["matched"] == 2 * len(weights)
+
+
+def test_xlabs_keys_reach_flux(tmp_path, rng):
+    h = 4
+    names = {"double_blocks.0.processor.qkv_lora1": (3 * h, h), "double_blocks.0.processor.proj_lora2": (h, h)}
+    tensors = {}
+    for name, (out, columns) in names.items():
+        tensors[f"{name}.up.weight"] = rng.standard_normal((out, 2)).astype(numpy.float32)
+        tensors[f"{name}.down.weight"] = rng.standard_normal((2, columns)).astype(numpy.float32)
+    save_file(tensors, tmp_path / "xlabs.safetensors")
+    host_names = ("double_blocks.0.img_attn.qkv.weight", "double_blocks.0.txt_attn.proj.weight")
+    weights = {name: numpy.zeros(shape, numpy.float32) for name, shape in zip(host_names, names.values(), strict=True)}
+    stack = lycore.Stack(weights)
+    stack.add(tmp_path / "xlabs.safetensors")
+    stack.apply()
+    for source, target in zip(names, host_names, strict=True):
+        want = tensors[f"{source}.up.weight"].astype("f8") @ tensors[f"{source}.down.weight"]
+        assert numpy.allclose(weights[target], want, rtol=1e-6, atol=1e-6), target

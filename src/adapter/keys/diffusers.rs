@@ -9,6 +9,19 @@ const INFIXES: &[&str] = &[".lora", ".lora_linear_layer", "_lora"];
 const TAILS: &[(&str, &str)] =
     &[("lora_up.weight", ".up.weight"), ("lora_down.weight", ".down.weight"), ("alpha", ".alpha")];
 
+/// XLabs' Flux LoRAs have their factors in the processor itself: there is no layer behind it to be named, and `names` knows the processors'.
+const XLABS: &[&str] = &["qkv_lora", "proj_lora", "qkv_lora1", "proj_lora1", "qkv_lora2", "proj_lora2"];
+
+fn is_xlabs(module: &str) -> bool {
+    module.rsplit_once(".processor.").is_some_and(|(_, leaf)| XLABS.contains(&leaf))
+}
+
+/// Module and slot of a key of XLabs'.
+pub(super) fn split_xlabs(key: &str) -> Option<(&str, &'static str)> {
+    let (slot, module) = TAILS.iter().find_map(|(slot, tail)| Some((*slot, key.strip_suffix(tail)?)))?;
+    is_xlabs(module).then_some((module, slot))
+}
+
 /// Module, slot, and whether the module is spelled the processors' way.
 pub(super) fn split(key: &str) -> Option<(&str, &'static str, bool)> {
     let (slot, rest) = TAILS.iter().find_map(|(slot, tail)| Some((*slot, key.strip_suffix(tail)?)))?;
@@ -23,6 +36,7 @@ pub(super) fn join(module: &str, slot: &str) -> Option<String> {
     }
     Some(match slot {
         "alpha" => format!("{module}{tail}"),
+        _ if is_xlabs(module) => format!("{module}{tail}"),
         _ if module.starts_with("text_encoder") => format!("{module}.lora_linear_layer{tail}"),
         _ => format!("{module}.lora{tail}"),
     })

@@ -198,6 +198,9 @@ fn resolve_module(module: &str, processor: bool) -> String {
 pub fn split(key: &str) -> Option<Split> {
     // A flattened name has no other dialect to be written in, whatever stands behind it (`lora_unet_….lora_A.weight` exists).
     let of = |dialect, module| if is_flattened(module) { Dialect::Kohya } else { dialect };
+    if let Some((module, slot)) = diffusers::split_xlabs(key) {
+        return Some(Split { dialect: Dialect::Diffusers, module: module.to_owned(), slot });
+    }
     if let Some((module, slot, processor)) = diffusers::split(key) {
         let dialect = of(Dialect::Diffusers, module);
         return Some(Split { dialect, module: resolve_module(module, processor), slot });

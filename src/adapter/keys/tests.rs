@@ -111,6 +111,10 @@ fn table() -> Vec<(String, Dialect, &'static str, &'static str, bool)> {
     row(&format!("{attention}to_out_lora.down.weight"), D, OUT, DOWN, false);
     row(&format!("{attention}processor.to_out_lora.alpha"), D, OUT, "alpha", false);
     row("text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.up.weight", D, TE_OUT, UP, false);
+    for module in ["double_blocks.3.processor.qkv_lora1", "single_blocks.3.processor.proj_lora"] {
+        row(&format!("{module}.up.weight"), D, module, UP, true);
+        row(&format!("{module}.down.weight"), D, module, DOWN, true);
+    }
     rows
 }
 

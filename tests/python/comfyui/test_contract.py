@@ -194,6 +194,48 @@ def test_convolutions(host):
     assert_rounded_once(patched.lowvram_weight(CONV, torch.float32), exact)
 
 
+def test_dora_oft_biases_and_norms(host):
+    model = fakes.Model()
+    for name, module in (
+        ("big", torch.nn.Linear(10, 8)),
+        ("norm", torch.nn.LayerNorm(8)),
+        ("turned", torch.nn.Linear(10, 8)),
+    ):
+        model.diffusion_model.add_module(name, module)
+    up, down = factors(8, 10, seed=1)
+    tensors = {
+        "lora_unet_big.lora_up.weight": up,
+        "lora_unet_big.lora_down.weight": down,
+        "lora_unet_big.dora_scale": rand(8, 1, seed=3).abs() + 0.5,
+        "lora_unet_big.diff_b": rand(8, seed=4),
+        "lora_unet_norm.w_norm": rand(8, seed=5),
+        "lora_unet_norm.b_norm": rand(8, seed=6),
+        "lora_unet_turned.oft_blocks": rand(2, 4, 4, seed=7) * 0.3,
+    }
+    save_file(tensors, host.folder / "a.safetensors")
+    base = {key: value.double().clone() for key, value in model.state_dict().items()}
+    patched, _, report = host.run(fakes.Patcher(model), ("a.safetensors", 0.6))
+    assert "un" not in report.replace("unet", ""), report
+    patched.load()
+    unet = "diffusion_model."
+    v = base[unet + "big.weight"] + delta(up, down)
+    dora = v / v.norm(dim=1, keepdim=True) * tensors["lora_unet_big.dora_scale"].double()
+    q = tensors["lora_unet_turned.oft_blocks"].double()
+    q, one = q - q.transpose(1, 2), torch.eye(4, dtype=torch.float64)
+    r = torch.block_diag(*((one + q) @ torch.linalg.inv(one - q)))
+    turned = base[unet + "turned.weight"]
+    want = {
+        "big.weight": base[unet + "big.weight"] + 0.6 * (dora - base[unet + "big.weight"]),
+        "big.bias": base[unet + "big.bias"] + 0.6 * tensors["lora_unet_big.diff_b"].double(),
+        "norm.weight": base[unet + "norm.weight"] + 0.6 * tensors["lora_unet_norm.w_norm"].double(),
+        "norm.bias": base[unet + "norm.bias"] + 0.6 * tensors["lora_unet_norm.b_norm"].double(),
+        "turned.weight": turned + 0.6 * (r.T @ turned - turned),
+        "turned.bias": base[unet + "turned.bias"],
+    }
+    for key, exact in want.items():
+        assert_rounded_once(weight_of(patched, unet + key), exact)
+
+
 def test_unloading_gives_the_weights_back_bit_for_bit(host):
     host.save("a.safetensors", {f"{BLOCK}attn1_to_q": factors(H, H), f"{BLOCK}attn1_to_v": factors(16, H)})
     model = fakes.Model(torch.float16)
