@@ -158,6 +158,9 @@ impl View {
 
     /// Whether several indices may reach the same element, as in an expanded tensor. Sure where it says no.
     pub fn repeats_elements(&self) -> bool {
+        if self.count() == 0 {
+            return false;
+        }
         let mut axes: Vec<_> = self.strides.iter().zip(&self.shape).filter(|(_, &size)| size > 1).collect();
         axes.sort();
         let mut reach = 0usize;

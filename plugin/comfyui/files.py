@@ -126,20 +126,27 @@ class Reader:
         handle.remove()
         modules = {module.name: module for module in adapter.modules}
         terms: list[Term] = []
-        homeless, scattered = [], []
+        shared: dict[str, torch.Tensor] = {}
+        homeless, scattered, configured = [], [], []
         for entry in report["modules"]:
-            if isinstance(entry["target"], list):
+            if entry["algorithm"] == "OFT (PEFT)" and "note" not in entry:
+                configured.append(entry["module"])
+                continue
+            if isinstance(entry["target"], list) or isinstance(entry.get("bias"), list):
                 scattered.append(entry["module"])
                 continue
-            terms += self._terms(modules[entry["module"]], entry)
+            terms += self._terms(modules[entry["module"]], entry, shared)
             if entry["target"] is None and "bias" not in entry:
                 homeless.append(entry["module"])
         left_out = 0 if with_encoders else sum(map(is_text_encoder, homeless))
         problems = _problems(report, with_encoders)
-        if scattered:
-            first, *others = scattered
-            more = f" and {len(others)} more" if others else ""
-            problems += (f"unsupported: {first}{more} (its parts go to several weights of this model)",)
+        for names, why in (
+            (scattered, "its parts go to several places of this model"),
+            (configured, "how it turns stands in adapter_config.json, which does not travel with its tensors"),
+        ):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                problems += (f"unsupported: {names[0]}{more} ({why})",)
         misfit = None
         if any(not is_text_encoder(name) for name in homeless) and all(
             term.place.key in self._targets.clip_keys for term in terms
@@ -153,18 +160,24 @@ class Reader:
         made_for = f"made for {base}, " if base else ""
         return f"{made_for}it does not fit the model {self._targets.model_name}: {why}"
 
-    def _terms(self, module: Any, entry: dict[str, Any]) -> list[Term]:
+    def _terms(self, module: Any, entry: dict[str, Any], shared: dict[str, torch.Tensor]) -> list[Term]:
         """What a module does to its weight and to its bias."""
         # Tensors made under inference mode could not take part in a later training of this model.
         with torch.inference_mode(False):
-            tensors = [(name, tensor.torch()) for name, tensor in module.tensors.items() if name != "alpha"]
+            tensors = [
+                # VeRA's projections stand once in a file for all modules.
+                (name, shared.setdefault(name, tensor.torch()) if name in ("vera_A", "vera_B") else tensor.torch())
+                for name, tensor in module.tensors.items()
+                if name not in ("alpha", "reshape_weight")
+            ]
         # The module's number, not the tensor: PEFT keeps it in the config.
         tensors.append(("alpha", float(module.alpha)))
         places = []
         if entry["target"] is not None:
             places.append(self._targets.place(module.name, entry["target"], entry.get("slice")))
         if "bias" in entry:
-            places.append(Place(entry["bias"]))
+            part = entry.get("bias_slice")
+            places.append(Place(entry["bias"], (part["axis"], part["start"], part["length"]) if part else None))
         return [Term(module.name, place, tuple(tensors)) for place in places]
 
 

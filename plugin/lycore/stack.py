@@ -299,7 +299,8 @@ def _named(weights: Mapping[str, Any] | Any) -> Iterator[tuple[str, Any]]:
         yield from weights.items()
     elif hasattr(weights, "named_parameters"):
         for name, parameter in weights.named_parameters():
-            if parameter.ndim >= 1 and parameter.is_floating_point():
+            # Quantised weights and their scales cannot be merged into; a module for one is reported as unmatched.
+            if parameter.ndim >= 1 and str(parameter.dtype) in ("torch.float32", "torch.float16", "torch.bfloat16"):
                 yield name, parameter
     else:
         raise ArgumentError(

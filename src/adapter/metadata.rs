@@ -9,6 +9,8 @@ use std::path::Path;
 #[derive(Debug)]
 pub struct PeftConfig {
     parts: Vec<Part>,
+    /// The JSON itself.
+    text: String,
 }
 
 /// One configured network; diffusers prefixes its fields with the component's name (`unet.`, `text_encoder.`).
@@ -23,6 +25,9 @@ struct Part {
     ranks: Vec<(regex_lite::Regex, f64)>,
     rank_stabilised: bool,
 }
+
+/// Where diffusers keeps a configuration in a file's own metadata.
+pub const INSIDE: &str = "lora_adapter_metadata";
 
 /// More than any real configuration needs; keeps a hostile neighbour file from filling memory.
 const LIMIT: u64 = 16 << 20;
@@ -45,25 +50,34 @@ impl PeftConfig {
         let json: Value = serde_json::from_str(&text)
             .map_err(|e| fault(FileFault::WrongKind { why: format!("is not JSON: {e}") }))?;
         let part = Part::read("", &json).map_err(|why| fault(FileFault::WrongKind { why }))?;
-        Ok(part.map(|part| PeftConfig { parts: vec![part] }))
+        Ok(part.map(|part| PeftConfig { parts: vec![part], text }))
     }
 
     /// Reads `lora_adapter_metadata` from a file's own metadata, as diffusers writes it.
     pub fn inside(file: &Path, metadata: &BTreeMap<String, String>) -> Result<Option<Self>> {
-        let Some(text) = metadata.get("lora_adapter_metadata") else { return Ok(None) };
+        let Some(text) = metadata.get(INSIDE) else { return Ok(None) };
         let bad = |why| Error::File { path: file.to_owned(), fault: FileFault::BadMetadata { why } };
         let json: Value =
             serde_json::from_str(text).map_err(|e| bad(format!("lora_adapter_metadata is not JSON: {e}")))?;
         let Some(map) = json.as_object() else { return Ok(None) };
         let mut parts = Vec::new();
+        let mut seen = std::collections::HashSet::new();
         for prefix in
             map.keys().filter_map(|key| key.strip_suffix("peft_type").or(key.strip_suffix("lora_alpha")))
         {
-            if !parts.iter().any(|p: &Part| p.prefix == prefix) {
+            if seen.insert(prefix) {
+                if seen.len() > 64 {
+                    return Err(bad("lora_adapter_metadata describes more than 64 networks".into()));
+                }
                 parts.extend(Part::read(prefix, &json).map_err(bad)?);
             }
         }
-        Ok((!parts.is_empty()).then_some(PeftConfig { parts }))
+        Ok((!parts.is_empty()).then(|| PeftConfig { parts, text: text.clone() }))
+    }
+
+    /// The JSON that it was read from.
+    pub fn text(&self) -> &str {
+        &self.text
     }
 
     fn part(&self, module: &str) -> Option<&Part> {

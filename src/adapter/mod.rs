@@ -23,6 +23,8 @@ pub struct Adapter {
     modules: Vec<Module>,
     keys: Vec<KeyState>,
     family: Option<Guess>,
+    /// What stood beside the file, and goes into the metadata of what is written.
+    config: Option<Arc<metadata::PeftConfig>>,
 }
 
 /// One adapted weight.
@@ -120,7 +122,7 @@ impl Adapter {
         let mut order: Vec<(String, keys::Dialect, Group, Vec<usize>)> = Vec::new();
         let mut seen: HashMap<String, usize> = HashMap::new();
         // Tensors that stand once in a file for all modules.
-        let mut projections: Vec<(&'static str, Tensor)> = Vec::new();
+        let mut projections: Vec<(&'static str, Tensor, usize)> = Vec::new();
         for (key, tensor) in tensors {
             let index = keys.len();
             let split = keys::split(&key).or_else(|| control.then(|| keys::split_control(&key)).flatten());
@@ -132,7 +134,17 @@ impl Adapter {
             };
             if split.module.is_empty() {
                 keys[index].module = None;
-                projections.push((split.slot, tensor));
+                let known = projections.iter().any(|(slot, ..)| *slot == split.slot);
+                match algo::is_shared(split.slot) {
+                    true if known => {
+                        let why = format!("`{}` stands in the file twice", split.slot);
+                        keys[index].status = KeyStatus::Malformed(why);
+                    }
+                    true => projections.push((split.slot, tensor, index)),
+                    false => {
+                        keys[index].status = KeyStatus::Malformed("belongs to no module".into());
+                    }
+                }
                 continue;
             }
             let at = *seen.entry(split.module.clone()).or_insert_with(|| {
@@ -164,17 +176,18 @@ impl Adapter {
             false => None,
         };
         let config = config.map(Arc::new);
-        let mut modules = Vec::with_capacity(order.len());
+        let (mut modules, mut used) = (Vec::with_capacity(order.len()), HashSet::new());
         for (name, dialect, mut group, members) in order {
             if lacks_alpha(dialect, &group) {
                 group.config.clone_from(&config);
             }
-            for (slot, tensor) in &projections {
+            for (slot, tensor, index) in &projections {
                 if algo::shares(&group, slot) {
                     group.tensors.push((slot, tensor.clone()));
+                    used.insert(*index);
                 }
             }
-            group.grows = control;
+            group.grows = control && name.rsplit(['.', '_']).take(2).eq(["in", "img"]);
             match algo::read(&name, group) {
                 Ok(algorithm) => modules.push(Module { name, dialect, algorithm: algorithm.into() }),
                 Err(error) => {
@@ -189,13 +202,16 @@ impl Adapter {
                 }
             }
         }
+        for (_, _, index) in projections.iter().filter(|(_, _, index)| !used.contains(index)) {
+            keys[*index].status = KeyStatus::Unsupported("no module of the file uses it".into());
+        }
         if modules.is_empty() {
             return Err(nothing_readable(path, &keys));
         }
         let shapes: Vec<_> = modules.iter().map(|m| m.algorithm.shape().unwrap_or_default()).collect();
         let named: Vec<_> = modules.iter().zip(&shapes).map(|(m, s)| (m.name.as_str(), &s[..])).collect();
         let family = names::guess(&named);
-        Ok(Arc::new(Adapter { path, metadata, modules, keys, family }))
+        Ok(Arc::new(Adapter { path, metadata, modules, keys, family, config }))
     }
 
     /// The adapter cut to its first `rank` ranks; an error when no module has nested ranks.
@@ -221,7 +237,8 @@ impl Adapter {
             });
         }
         let (path, metadata, keys) = (self.path.clone(), self.metadata.clone(), self.keys.clone());
-        Ok(Arc::new(Adapter { path, metadata, modules, keys, family: self.family.clone() }))
+        let (family, config) = (self.family.clone(), self.config.clone());
+        Ok(Arc::new(Adapter { path, metadata, modules, keys, family, config }))
     }
 
     /// Writes the modules to a safetensors file, in the spelling that they were read in.
@@ -252,7 +269,11 @@ impl Adapter {
         }
         let layout: Vec<_> =
             tensors.iter().map(|(k, t, _)| (k.clone(), t.dtype(), t.shape().to_vec())).collect();
-        let mut writer = safetensors::Writer::create(path, &layout, &self.metadata)?;
+        let mut metadata = self.metadata.clone();
+        if let Some(config) = &self.config {
+            metadata.entry(metadata::INSIDE.to_owned()).or_insert_with(|| config.text().to_owned());
+        }
+        let mut writer = safetensors::Writer::create(path, &layout, &metadata)?;
         tensors.iter().try_for_each(|(_, _, bytes)| writer.write(bytes))?;
         writer.finish()
     }

@@ -47,7 +47,11 @@ impl Extras {
             match name {
                 SCALAR => extras.scalar = Some(super::number(module, name, &tensor)?),
                 BIAS => extras.bias = Some(tensor),
-                GROWN => extras.grown = Some((tensor.clone(), sizes(module, &tensor)?)),
+                GROWN => {
+                    let sizes = sizes(module, &tensor)?;
+                    let list = sizes.iter().map(|&v| v as f32).collect();
+                    extras.grown = Some((Tensor::of_f32(list, &[sizes.len()]), sizes));
+                }
                 _ if extras.magnitude.is_some() => {
                     return Err(malformed(
                         module,
@@ -84,18 +88,30 @@ impl Extras {
                 }
             },
         };
-        let own = inner.as_ref().and_then(|inner| inner.shape()).filter(|_| self.grows);
+        let own = inner.as_ref().and_then(|inner| inner.shape());
+        if let (Some((_, to)), Some(_)) = (&self.grown, &inner) {
+            if own.as_ref() != Some(to) {
+                return Err(malformed(
+                    module,
+                    format!("`{GROWN}` {to:?} is not the module's own shape {own:?}"),
+                ));
+            }
+        }
+        let own = own.filter(|_| self.grows);
         let grown = self.grown.as_ref().map(|(_, sizes)| sizes.clone()).or(own);
         Ok(Box::new(Dressed { name, inner, grown, extras: self }))
     }
 }
+
+/// Sizes up to here are whole numbers of f32.
+const MOST: f64 = 16_777_216.0;
 
 /// A shape kept in a tensor.
 fn sizes(module: &str, tensor: &Tensor) -> Result<Vec<usize>> {
     let wrong = || malformed(module, format!("`{GROWN}` must list sizes, it is {tensor:?}"));
     let flat =
         tensor.reshape(&[tensor.count()]).filter(|t| (1..=5).contains(&t.count())).ok_or_else(wrong)?;
-    let size = |i| flat.rows(i..i + 1)?.scalar().filter(|v| (1.0..1e9).contains(v) && v.fract() == 0.0);
+    let size = |i| flat.rows(i..i + 1)?.scalar().filter(|v| (1.0..=MOST).contains(v) && v.fract() == 0.0);
     (0..flat.count()).map(|i| size(i).map(|v| v as usize).ok_or_else(wrong)).collect()
 }
 

@@ -10,7 +10,7 @@
 //!
 //! PEFT scales a layer's output with its bias; LyCORIS merges into the weight alone.
 
-use super::{malformed, required, Algorithm, Changes, Group, Recipe};
+use super::{malformed, required, Algorithm, Changes, Group, Recipe, ALPHA};
 use crate::error::{Error, Result};
 use crate::merge::ops::{Op, Scale};
 use crate::view::Tensor;
@@ -19,10 +19,11 @@ const WEIGHT: &str = "weight";
 const ON_INPUT: &str = "on_input";
 const PEFT_L: &str = "ia3_l";
 
+// Neither has a use for an alpha; a host that gives every module one shall not be refused.
 pub(super) const RECIPE: Recipe =
-    Recipe { name: "(IA)^3", marks: &[ON_INPUT, WEIGHT], knows: &[WEIGHT, ON_INPUT], read };
+    Recipe { name: "(IA)^3", marks: &[ON_INPUT, WEIGHT], knows: &[WEIGHT, ON_INPUT, ALPHA], read };
 pub(super) const PEFT: Recipe =
-    Recipe { name: "(IA)^3 (PEFT)", marks: &[PEFT_L], knows: &[PEFT_L], read: read_peft };
+    Recipe { name: "(IA)^3 (PEFT)", marks: &[PEFT_L], knows: &[PEFT_L, ALPHA], read: read_peft };
 
 /// One module.
 #[derive(Debug)]

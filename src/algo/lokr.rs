@@ -33,24 +33,30 @@ pub(super) const RECIPE: Recipe = Recipe {
 struct Lokr {
     /// As the file has them.
     tensors: Vec<(&'static str, Tensor)>,
-    /// [a, b]
-    w1: Tensor,
-    /// [c, d * kernel]
-    w2: Tensor,
-    /// d, kernel
-    inner: Vec<usize>,
+    w1: Half,
+    w2: Half,
     /// Of the thin factors; `None` when both halves are whole.
     rank: Option<usize>,
     alpha: Option<f32>,
-    /// The scale when both halves are whole.
-    whole_scale: f64,
 }
 
-/// One half: as a matrix, the shape behind its rows, and the rank of its factors.
+/// One half of the product. Thin factors stay thin until a weight bounds their size.
+#[derive(Debug)]
 struct Half {
-    matrix: Tensor,
+    factors: Factors,
+    rows: usize,
+    /// The shape behind the rows: columns, kernel; for w2's flattened factors one number.
     inner: Vec<usize>,
     rank: Option<usize>,
+}
+
+#[derive(Debug)]
+enum Factors {
+    Whole(Tensor),
+    /// [rows, r] and [r, columns..]
+    Thin(Tensor, Tensor),
+    /// [r, rows], [r, r, kernel..] and [r, columns]
+    Core(Tensor, Tensor, Tensor),
 }
 
 fn half(module: &str, group: &Group, names: [&str; 3], core: Option<&Tensor>) -> Result<Half> {
@@ -66,7 +72,8 @@ fn half(module: &str, group: &Group, names: [&str; 3], core: Option<&Tensor>) ->
                 format!("`{whole}` must have two axes or more, it is {:?}", tensor.shape()),
             ));
         };
-        return Ok(Half { matrix: super::matrix(module, tensor, rows)?, inner: inner.to_vec(), rank: None });
+        let factors = Factors::Whole(super::matrix(module, tensor, rows)?);
+        return Ok(Half { factors, rows, inner: inner.to_vec(), rank: None });
     }
     if group.get(a).is_none() && group.get(b).is_none() {
         return Err(malformed(module, format!("neither `{whole}` nor `{a}` and `{b}` are there")));
@@ -77,17 +84,42 @@ fn half(module: &str, group: &Group, names: [&str; 3], core: Option<&Tensor>) ->
     if left.shape().len() != 2 || right.shape().len() < 2 {
         return Err(malformed(module, format!("factors must have two axes: {}", shapes())));
     }
-    let (left, right, inner) = match core {
-        Some(core) => {
-            let inner = [&[right.shape()[1]], core.shape().get(2..).unwrap_or(&[])].concat();
-            (super::transposed(module, left)?, super::fold(module, core, right)?, inner)
-        }
-        None => (left.clone(), super::matrix(module, right, rank)?, right.shape()[1..].to_vec()),
+    let [rows, own] = match core {
+        Some(_) => [left.shape()[1], left.shape()[0]],
+        None => [left.shape()[0], left.shape()[1]],
     };
-    if left.shape()[1] != right.shape()[0] {
+    if own != rank {
         return Err(malformed(module, format!("factors of different rank: {}", shapes())));
     }
-    Ok(Half { matrix: product(module, &left, &right)?, inner, rank: Some(rank) })
+    let (left, right) = (left.clone(), right.clone());
+    let (factors, inner) = match core {
+        Some(core) => {
+            if core.shape().len() < 3 || core.shape()[..2] != [rank, rank] {
+                let what = format!("`{T2}` {:?} is no core of rank {rank}: {}", core.shape(), shapes());
+                return Err(malformed(module, what));
+            }
+            let inner = [&[right.shape()[1]], &core.shape()[2..]].concat();
+            (Factors::Core(left, core.clone(), right), inner)
+        }
+        None => {
+            let inner = right.shape()[1..].to_vec();
+            (Factors::Thin(left, super::matrix(module, &right, rank)?), inner)
+        }
+    };
+    Ok(Half { factors, rows, inner, rank: Some(rank) })
+}
+
+impl Half {
+    /// The half as a matrix.
+    fn matrix(&self, module: &str) -> Result<Tensor> {
+        match &self.factors {
+            Factors::Whole(matrix) => Ok(matrix.clone()),
+            Factors::Thin(left, right) => product(module, left, right),
+            Factors::Core(left, core, right) => {
+                product(module, &super::transposed(module, left)?, &super::fold(module, core, right)?)
+            }
+        }
+    }
 }
 
 /// left @ right, in f64, rounded once.
@@ -108,17 +140,28 @@ fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
     if core.is_some() && group.get(W2[0]).is_some() {
         return Err(malformed(module, format!("both `{}` and `{T2}` are there", W2[0])));
     }
-    let (one, two) = (half(module, group, W1, None)?, half(module, group, W2, core)?);
-    let rank = two.rank.or(one.rank);
-    // Without a rank alpha means nothing; LyCORIS' 100000 is infinite in an fp16 file.
-    let (alpha_tensor, alpha) = match rank {
-        Some(_) => super::alpha(module, group)?,
-        None => (group.get(ALPHA).cloned(), None),
+    let (mut w1, w2) = (half(module, group, W1, None)?, half(module, group, W2, core)?);
+    let rank = w2.rank.or(w1.rank);
+    let mut tensors: Vec<_> = group.tensors.iter().filter(|(name, _)| *name != ALPHA).cloned().collect();
+    let (alpha_tensor, alpha) = match (rank, group.config.as_ref().and_then(|c| c.scale(module))) {
+        (Some(_), _) => super::alpha(module, group)?,
+        // Without a rank alpha means nothing; LyCORIS' 100000 is infinite in an fp16 file.
+        (None, None | Some(1.0)) => {
+            let value = group.get(ALPHA).and_then(|t| t.scalar());
+            (value.map(|v| Tensor::of_f32(vec![v as f32], &[])), None)
+        }
+        // PEFT's scale has no other place in the tensors than a half itself. The alpha beside it tells readers that none is missing.
+        (None, Some(scale)) => {
+            let whole = w1.matrix(module)?;
+            let values = whole.to_f32(module)?.into_iter().map(|v| (f64::from(v) * scale) as f32).collect();
+            let whole = Tensor::of_f32(values, whole.shape());
+            tensors.iter_mut().filter(|(name, _)| *name == W1[0]).for_each(|(_, t)| *t = whole.clone());
+            w1.factors = Factors::Whole(whole);
+            (Some(Tensor::of_f32(vec![1.0], &[])), None)
+        }
     };
-    let own = group.tensors.iter().filter(|(name, _)| *name != ALPHA).cloned();
-    let tensors = own.chain(alpha_tensor.map(|t| (ALPHA, t))).collect();
-    let whole_scale = group.config.as_ref().and_then(|c| c.scale(module)).unwrap_or(1.0);
-    Ok(Box::new(Lokr { tensors, w1: one.matrix, w2: two.matrix, inner: two.inner, rank, alpha, whole_scale }))
+    tensors.extend(alpha_tensor.map(|t| (ALPHA, t)));
+    Ok(Box::new(Lokr { tensors, w1, w2, rank, alpha }))
 }
 
 impl Algorithm for Lokr {
@@ -135,26 +178,27 @@ impl Algorithm for Lokr {
     }
 
     fn shape(&self) -> Option<Vec<usize>> {
-        let (rows, b) = (self.w1.shape()[0] * self.w2.shape()[0], self.w1.shape()[1]);
-        Some(match self.inner.split_first() {
-            Some((d, kernel)) => [&[rows, b * d], kernel].concat(),
-            None => vec![rows, b],
+        let (rows, b) = (self.w1.rows.checked_mul(self.w2.rows)?, self.w1.inner.first()?);
+        Some(match self.w2.inner.split_first() {
+            Some((d, kernel)) => [&[rows, b.checked_mul(*d)?], kernel].concat(),
+            None => vec![rows, *b],
         })
     }
 
     fn lower(&self, module: &str, target: &[usize]) -> Result<Vec<Op>> {
-        let ([a, b], c) = ([self.w1.shape()[0], self.w1.shape()[1]], self.w2.shape()[0]);
+        let mut shape = self.shape().unwrap_or_default();
         // A w2 of thin factors is flattened in the file: its columns are d * kernel, and only the weight tells the kernel.
         let kernel = target.get(2..).unwrap_or(&[]);
         let taps: usize = kernel.iter().product();
-        let shape = match self.inner.as_slice() {
-            [cols] if taps > 1 && cols % taps == 0 => [&[a * c, b * (cols / taps)], kernel].concat(),
-            [d, own @ ..] => [&[a * c, b * d], own].concat(),
-            [] => vec![a * c, b],
-        };
+        if let ([cols], [_, wide]) = (&self.w2.inner[..], &mut shape[..]) {
+            if taps > 1 && cols % taps == 0 {
+                *wide /= taps;
+                shape.extend(kernel);
+            }
+        }
         super::fit(module, &shape, target)?;
-        let scale = self.rank.map_or(self.whole_scale, |rank| super::scale(self.alpha, rank));
-        Ok(vec![Op::Kron(Kron { w1: self.w1.clone(), w2: self.w2.clone(), scale })])
+        let scale = self.rank.map_or(1.0, |rank| super::scale(self.alpha, rank));
+        Ok(vec![Op::Kron(Kron { w1: self.w1.matrix(module)?, w2: self.w2.matrix(module)?, scale })])
     }
 
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {

@@ -159,7 +159,12 @@ impl Algorithm for Lora {
             let down =
                 self.down.rows(0..rank).ok_or_else(|| malformed(module, "a factor is not contiguous"))?;
             let up = super::columns(module, &self.up, rank)?;
-            Ok(Box::new(Lora { up, down, rank, ..self.clone() }) as Box<dyn Algorithm>)
+            // A missing alpha means the rank of the whole, and stays it.
+            let alpha = self.alpha.filter(|&a| a != 0.0).unwrap_or(self.rank as f32);
+            let alpha_tensor = self.alpha_tensor.clone().filter(|_| self.alpha == Some(alpha));
+            let alpha_tensor = Some(alpha_tensor.unwrap_or_else(|| Tensor::of_f32(vec![alpha], &[])));
+            let cut = Lora { up, down, rank, alpha: Some(alpha), alpha_tensor, ..self.clone() };
+            Ok(Box::new(cut) as Box<dyn Algorithm>)
         })
     }
 

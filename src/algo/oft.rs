@@ -56,6 +56,10 @@ fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
             PARTS[..count].to_vec()
         }
     };
+    let all = [DIAG, BLOCKS].into_iter().chain(PARTS);
+    if let Some(extra) = all.filter(|name| !names.contains(name)).find(|name| has(name)) {
+        return Err(malformed(module, format!("both `{}` and `{extra}` are there", names[0])));
+    }
     let blocks =
         names.iter().map(|name| required(module, group, name).cloned()).collect::<Result<Vec<_>>>()?;
     let (alpha_tensor, constraint) = super::alpha(module, group)?;

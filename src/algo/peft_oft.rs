@@ -7,7 +7,7 @@
 //! BOFT (arXiv:2311.06243): `boft_R` [m, n, b, b], `Q = (B - B^T) / 2`, `R = (I - Q)(I + Q)^-1` in m butterfly stages; `boft_s` one factor per
 //! row. The strength acts in each stage, as in [`super::boft`].
 
-use super::{malformed, required, Algorithm, Group, Recipe};
+use super::{malformed, required, Algorithm, Group, Recipe, ALPHA};
 use crate::error::{Error, Result};
 use crate::linalg;
 use crate::merge::ops::{Op, Rotate, Stage};
@@ -17,9 +17,9 @@ const R: &str = "oft_R.weight";
 const BLOCKS: &str = "boft_R";
 const SCALE: &str = "boft_s";
 
-pub(super) const RECIPE: Recipe = Recipe { name: "OFT (PEFT)", marks: &[R], knows: &[R], read };
+pub(super) const RECIPE: Recipe = Recipe { name: "OFT (PEFT)", marks: &[R], knows: &[R, ALPHA], read };
 pub(super) const BUTTERFLY: Recipe =
-    Recipe { name: "BOFT (PEFT)", marks: &[BLOCKS], knows: &[BLOCKS, SCALE], read: read_butterfly };
+    Recipe { name: "BOFT (PEFT)", marks: &[BLOCKS], knows: &[BLOCKS, SCALE, ALPHA], read: read_butterfly };
 
 /// One OFT module.
 #[derive(Debug)]
@@ -31,6 +31,7 @@ struct Oft {
     /// The largest norm of a block.
     limit: Option<f64>,
     shared: bool,
+    configured: bool,
 }
 
 fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
@@ -54,7 +55,8 @@ fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
     let terms =
         neumann.then(|| number("num_cayley_neumann_terms").map_or(5, |n| n.clamp(1.0, 1000.0) as usize));
     let limit = flag("coft").unwrap_or(false).then(|| number("eps").unwrap_or(6e-5) / (n as f64).sqrt());
-    Ok(Box::new(Oft { tensor, size, terms, limit, shared: flag("block_share").unwrap_or(false) }))
+    let (shared, configured) = (flag("block_share").unwrap_or(false), config.is_some());
+    Ok(Box::new(Oft { tensor, size, terms, limit, shared, configured }))
 }
 
 impl Algorithm for Oft {
@@ -100,6 +102,11 @@ impl Algorithm for Oft {
         };
         let stages = vec![Stage { blocks: vec![Tensor::of_f32(blocks, &[count, b, b])], order: None }];
         Ok(vec![Op::Rotate(Rotate { stages, rescale: None, axis: 1, interpolate: false })])
+    }
+
+    fn note(&self) -> Option<String> {
+        let note = "no adapter_config.json: read with PEFT's defaults, a series of 5 terms";
+        (!self.configured).then(|| note.to_owned())
     }
 
     fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
@@ -198,7 +205,8 @@ impl Algorithm for Boft {
             Stage { blocks, order: (m > 1).then(|| order(cols, n, b, i)) }
         });
         let stages = stages.collect();
-        let rescale = super::oft::per_row(module, SCALE, self.scale.as_ref(), target[0])?;
+        let rescale =
+            super::oft::per_row(module, SCALE, self.scale.as_ref(), target.first().copied().unwrap_or(1))?;
         Ok(vec![Op::Rotate(Rotate { stages, rescale, axis: 1, interpolate: true })])
     }
 

@@ -68,10 +68,12 @@ impl Held {
             let descriptor = describe(tensor.view(), &mut numbers.0, &mut numbers.1);
             HeldTensor { slot: c_text(slot), descriptor, _numbers: numbers }
         };
+        // A descriptor that claims another element type would have its readers run past the end.
+        let float = |(_, t): &(&str, &crate::view::Tensor)| crate::dtype::Float::of(t.dtype()).is_some();
         let module = |m: &crate::adapter::Module| HeldModule {
             name: c_text(&m.name),
             algorithm: c_text(m.algorithm.name()),
-            tensors: m.algorithm.tensors().into_iter().map(tensor).collect(),
+            tensors: m.algorithm.tensors().into_iter().filter(float).map(tensor).collect(),
         };
         let modules = adapter.modules().iter().map(module).collect();
         Held { adapter, modules }

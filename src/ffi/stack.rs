@@ -84,7 +84,8 @@ pub struct lycore_patch {
     pub count: u64,
     /// Canonical names, as lycore_adapter_tensor gives them: "lora_up.weight", "lora_down.weight", "alpha", "hada_w1_a", ..
     pub names: *const *const c_char,
-    /// The tensors: row-major, in host memory or on the weight's device; single numbers ("alpha", "on_input") in host memory.
+    /// The tensors: row-major, in host memory or on the weight's device; numbers ("alpha", "on_input", "scalar", "reshape_weight") in host
+    /// memory.
     pub tensors: *const lycore_tensor,
     /// The user's number.
     pub strength: f64,
@@ -356,7 +357,8 @@ pub unsafe extern "C" fn lycore_stack_restore(
 }
 
 /// The bypass: adds to `y` what the adapters add to the output of the layer with weight `target`, at the strengths as they are set, without
-/// touching the weight. (If they are merged into it too, they count twice.) Linear: x [.., in], y [.., out], `geometry` NULL. Convolution:
+/// touching the weight. (If they are merged into it too, they count twice. What they do to the layer's bias is not part of it: merge that into
+/// the bias.) Linear: x [.., in], y [.., out], `geometry` NULL. Convolution:
 /// x [batch, in, spatial..], y [batch, out, spatial..].
 /// Both row-major, on the same device. `stream` as in apply.
 ///
@@ -387,8 +389,8 @@ pub unsafe extern "C" fn lycore_stack_forward(
 
 /// The load report of adapter `id` as JSON: as lycore_adapter_report, with "matched" and "unmatched" in the summary, "target" in every
 /// module (null when it found none; a list when the model keeps apart what the module has in one; "slice": {"axis", "start", "length"} when it is
-/// a part), "bias" with the target of the layer's bias where the module changes one, and "nearest" beside unmatched keys. `json` becomes a text
-/// that the caller frees with lycore_text_free.
+/// a part), "bias" and "bias_slice" likewise where the module changes the layer's bias, and "nearest" beside unmatched keys. `json` becomes a
+/// text that the caller frees with lycore_text_free.
 ///
 /// # Safety
 /// `json` may be written. `error` is NULL or may be written.

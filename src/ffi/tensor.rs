@@ -172,6 +172,7 @@ pub(super) fn describe(view: &View, shape: &mut [i64], strides: &mut [i64]) -> l
         Device::Cpu => (LYCORE_DEVICE_CPU, 0),
         Device::Cuda(index) => (LYCORE_DEVICE_CUDA, index as i32),
     };
+    // Only floats are handed out (`Held::new`).
     let (code, bits) = match view.dtype() {
         Dtype::BF16 => (LYCORE_DTYPE_BFLOAT, 16),
         Dtype::F16 => (LYCORE_DTYPE_FLOAT, 16),

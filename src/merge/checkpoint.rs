@@ -3,7 +3,7 @@
 //! Memory: the largest touched tensor, its factors, and a block of rows per thread, whatever the size of the file.
 
 use super::ops::Term;
-use super::plan::{Binding, Rules, Strengths};
+use super::plan::{Binding, Bound, Rules, Strengths};
 use super::Prepared;
 use crate::adapter::safetensors::{Entry, File, Writer};
 use crate::adapter::Adapter;
@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::names::Index;
 use crate::progress::Progress;
 use crate::report;
-use crate::view::{Device, Tensor, View};
+use crate::view::{Device, Slice, Tensor, View};
 use serde_json::{json, Value};
 use std::path::Path;
 use std::sync::Arc;
@@ -49,14 +49,29 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
         strengths.check()?;
         bindings.push(Binding::new(adapter, &index, &shapes, rules)?);
     }
+    // (binding, its module on a target, strength) of what is not switched off.
+    let parts: Vec<(&Binding, &Bound, f64)> = bindings
+        .iter()
+        .zip(job.adapters)
+        .flat_map(|(binding, (adapter, strengths))| {
+            binding.bound.iter().map(move |bound| {
+                let module = &adapter.modules()[bound.module].name;
+                (binding, bound, strengths.of(module, bound.part))
+            })
+        })
+        .filter(|(_, _, strength)| *strength != 0.0)
+        .collect();
+    let mut sizes: Vec<Vec<usize>> = targets.iter().map(|e| e.shape.clone()).collect();
+    for (binding, bound, _) in &parts {
+        let grown = binding.grown(bound.target).into_iter().flatten();
+        sizes[bound.target].iter_mut().zip(grown).for_each(|(size, &to)| *size = to.max(*size));
+    }
     let mut terms: Vec<Vec<Term<'_>>> = vec![Vec::new(); targets.len()];
-    for (binding, (adapter, strengths)) in bindings.iter().zip(job.adapters) {
-        for bound in &binding.bound {
-            let strength = strengths.of(&adapter.modules()[bound.module].name, bound.part);
-            if strength != 0.0 {
-                terms[bound.target].extend(bound.terms(strength));
-            }
-        }
+    for (binding, bound, strength) in &parts {
+        let (entry, size) = (targets[bound.target], &sizes[bound.target]);
+        let own = binding.grown(bound.target).unwrap_or(&entry.shape);
+        let slice = within(&entry.name, own, size, bound.slice)?;
+        terms[bound.target].extend(bound.terms(*strength).map(|term| Term { slice, ..term }));
     }
 
     let out_dtype = |dtype: Dtype| match (job.dtype, Float::of(dtype)) {
@@ -66,14 +81,7 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
     let mut layout: Vec<(String, Dtype, Vec<usize>)> =
         base.entries().iter().map(|e| (e.name.clone(), out_dtype(e.dtype), e.shape.clone())).collect();
     let floats = layout.iter_mut().zip(base.entries()).filter(|(_, e)| Float::of(e.dtype).is_some());
-    for (target, ((_, _, shape), _)) in floats.enumerate() {
-        // Where two adapters ask for different sizes, the smaller one's module has been refused or fits in part: the largest holds both.
-        let grown =
-            bindings.iter().filter_map(|b| b.grown(target)).max_by_key(|s| s.iter().product::<usize>());
-        if let Some(grown) = grown.filter(|_| !terms[target].is_empty()) {
-            *shape = grown.to_vec();
-        }
-    }
+    floats.zip(&sizes).for_each(|(((_, _, shape), _), size)| shape.clone_from(size));
     let total: u64 = layout.iter().filter_map(|(_, d, s)| dtype::byte_len(*d, s)).map(|n| n as u64).sum();
     let mut metadata = base.metadata().clone();
     metadata.insert("lycore.merged".into(), recipe(metadata.get("lycore.merged"), job));
@@ -167,6 +175,20 @@ fn merged(
     let out = unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, to, shape, None)? };
     super::merge_on(device, &entry.name, &from, &out, terms, prepared)?;
     Ok(bytes)
+}
+
+/// Where in a weight grown to `to` lies what was made for it at the size `own`.
+fn within(name: &str, own: &[usize], to: &[usize], slice: Option<Slice>) -> Result<Option<Slice>> {
+    let mut axes = (0..to.len()).filter(|&axis| own[axis] != to[axis]);
+    match (axes.next(), axes.next(), slice) {
+        (None, ..) => Ok(slice),
+        (Some(axis @ 0..=1), None, None) => Ok(Some(Slice { axis, start: 0, len: own[axis] })),
+        (Some(axis), None, Some(s)) if s.axis == axis => Ok(slice),
+        _ => Err(Error::argument(
+            format!("`{name}`: one adapter is made for {own:?}, another lets it grow to {to:?}"),
+            "merge one of them",
+        )),
+    }
 }
 
 /// The tensor with zeros at the end of its axes up to `shape`.

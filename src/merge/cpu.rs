@@ -97,7 +97,9 @@ pub fn merge(name: &str, base: &View, out: &View, terms: &[Term<'_>]) -> Result<
                     if !sum.is_empty() {
                         let sum = &sum[(r - rows.start) * from.cols..][..from.cols];
                         for range in &touched {
-                            row[range.clone()].iter_mut().zip(&sum[range.clone()]).for_each(|(w, s)| *w += s);
+                            // Where nothing is added, -0 stays -0.
+                            let both = row[range.clone()].iter_mut().zip(&sum[range.clone()]);
+                            both.for_each(|(w, s)| *w = if *s == 0.0 { *w } else { *w + s });
                         }
                     }
                     // SAFETY: as above.
@@ -203,7 +205,10 @@ impl Ready {
         let (Parts::Towards(value), true) = (&self.parts, self.rows.contains(&r)) else { return };
         let value = &value[(r - self.rows.start) * self.cols.len()..][..self.cols.len()];
         let both = row[self.cols.clone()].iter_mut().zip(&pristine[self.cols.clone()]);
-        both.zip(value).for_each(|((o, w), v)| *o = (*o - self.scale * w) + self.scale * v);
+        both.zip(value).for_each(|((o, w), v)| {
+            // An infinite W is taken out as well.
+            *o = if self.scale == 1.0 && *o == *w { *v } else { (*o - self.scale * w) + self.scale * v };
+        });
     }
 
     /// Adds the delta of `rows` (of the weight, all inside the region) to `sum`, whose rows are `stride` long; the region's columns begin

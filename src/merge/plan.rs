@@ -131,7 +131,7 @@ impl Binding {
         let name = if bias { format!("{}.bias", module.name) } else { module.name.clone() };
         let pieces =
             index.resolve(&name).ok_or_else(|| Problem::Unmatched { nearest: index.nearest(&name) })?;
-        let mut bound = Vec::with_capacity(pieces.len());
+        let (mut bound, mut grown_targets) = (Vec::with_capacity(pieces.len()), Vec::new());
         for piece in pieces {
             let (target, shape) = targets[piece.target];
             let misfit = |why: String| Problem::Misfit { why: format!("{why} (target `{target}`)") };
@@ -153,12 +153,13 @@ impl Binding {
                 bound.push(Bound { module: i, target: piece.target, slice: piece.slice, ops, part });
             }
             if shape != targets[piece.target].1 {
-                self.grown.insert(piece.target, shape.to_vec());
+                grown_targets.push((piece.target, shape.to_vec()));
             }
         }
         let places = bound.iter().map(|b| (targets[b.target].0.to_owned(), b.slice)).collect();
         self.found.insert((i, bias), places);
         self.bound.extend(bound);
+        self.grown.extend(grown_targets);
         Ok(())
     }
 
@@ -214,7 +215,7 @@ fn lower(module: &Module, bias: bool, target: &str, shape: &[usize], piece: &Pie
         expected: vec![part.count, part.of],
         got: shape.to_vec(),
     };
-    let total = total.ok_or_else(misfit)? / part.count;
+    let total = total.filter(|_| !region.shape.is_empty()).ok_or_else(misfit)? / part.count;
     region.shape[0] = total;
     let start = total / part.of * part.first;
     lower(&region.shape)?.iter().map(|op| op.rows(&module.name, &(start..start + rows))).collect()

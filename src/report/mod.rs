@@ -58,8 +58,13 @@ pub fn json(adapter: &Adapter, binding: Option<&Binding>) -> Value {
                         entry["target"] = several.iter().map(|(target, _)| json!(target)).collect();
                     }
                 }
-                if let [(target, _)] = binding.places(i, true) {
-                    entry["bias"] = json!(target);
+                match binding.places(i, true) {
+                    [] => {}
+                    [(target, part)] => {
+                        entry["bias"] = json!(target);
+                        part.iter().for_each(|s| entry["bias_slice"] = slice(s));
+                    }
+                    several => entry["bias"] = several.iter().map(|(target, _)| json!(target)).collect(),
                 }
             }
             entry
