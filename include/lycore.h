@@ -269,7 +269,8 @@ typedef struct lycore_patch {
   uint64_t count;
   // Canonical names, as lycore_adapter_tensor gives them: "lora_up.weight", "lora_down.weight", "alpha", "hada_w1_a", ..
   const char *const *names;
-  // The tensors: row-major, in host memory or on the weight's device; single numbers ("alpha", "on_input") in host memory.
+  // The tensors: row-major, in host memory or on the weight's device; numbers ("alpha", "on_input", "scalar", "reshape_weight") in host
+  // memory.
   const struct lycore_tensor *tensors;
   // The user's number.
   double strength;
@@ -537,7 +538,8 @@ lycore_status lycore_stack_restore(struct lycore_stack *stack,
                                    struct lycore_error **error);
 
 // The bypass: adds to `y` what the adapters add to the output of the layer with weight `target`, at the strengths as they are set, without
-// touching the weight. (If they are merged into it too, they count twice.) Linear: x [.., in], y [.., out], `geometry` NULL. Convolution:
+// touching the weight. (If they are merged into it too, they count twice. What they do to the layer's bias is not part of it: merge that into
+// the bias.) Linear: x [.., in], y [.., out], `geometry` NULL. Convolution:
 // x [batch, in, spatial..], y [batch, out, spatial..].
 // Both row-major, on the same device. `stream` as in apply.
 //
@@ -554,8 +556,8 @@ lycore_status lycore_stack_forward(struct lycore_stack *stack,
 
 // The load report of adapter `id` as JSON: as lycore_adapter_report, with "matched" and "unmatched" in the summary, "target" in every
 // module (null when it found none; a list when the model keeps apart what the module has in one; "slice": {"axis", "start", "length"} when it is
-// a part), "bias" with the target of the layer's bias where the module changes one, and "nearest" beside unmatched keys. `json` becomes a text
-// that the caller frees with lycore_text_free.
+// a part), "bias" and "bias_slice" likewise where the module changes the layer's bias, and "nearest" beside unmatched keys. `json` becomes a
+// text that the caller frees with lycore_text_free.
 //
 // # Safety
 // `json` may be written. `error` is NULL or may be written.
@@ -615,16 +617,17 @@ lycore_status lycore_checkpoint_merge(const char *base,
 // reports it (default: told from the names), "component": "unet" | "transformer" | "text_encoder" | "text_encoder_2" | "text_encoder_3"
 // (writes only this model's modules; required for "peft" when the file has several), "skip": true (leaves out what cannot be said and lists
 // it in the report)}. For "peft" `output` is a file, or a folder that gets adapter_model.safetensors; adapter_config.json is written beside it
-// and never over that of another adapter.
+// and never over that of another adapter. Progress counts modules.
 // `report` may be NULL; it becomes JSON {"input", "output", "config": path or null, "to", "family": {"name", "reason"} or null, "summary":
 // {"modules", "written", "tensors", "split", "fused", "left_out"}, "modules": [{"module", "becomes": [text]}], "left_out": [{"module",
 // "reason"}]}, freed with lycore_text_free.
 //
 // # Safety
-// The texts are NUL-terminated UTF-8; `report` and `error` are NULL or may be written.
+// The texts are NUL-terminated UTF-8; `progress` is NULL or as described; `report` and `error` are NULL or may be written.
 lycore_status lycore_adapter_convert(const struct lycore_adapter *adapter,
                                      const char *output,
                                      const char *options,
+                                     const struct lycore_progress *progress,
                                      char **report,
                                      struct lycore_error **error);
 

@@ -290,7 +290,14 @@ def declare(library: CDLL) -> None:
         POINTER(c_void_p),
     ]
     library.lycore_adapter_convert.restype = c_int32
-    library.lycore_adapter_convert.argtypes = [c_void_p, c_char_p, c_char_p, POINTER(c_void_p), POINTER(c_void_p)]
+    library.lycore_adapter_convert.argtypes = [
+        c_void_p,
+        c_char_p,
+        c_char_p,
+        POINTER(lycore_progress),
+        POINTER(c_void_p),
+        POINTER(c_void_p),
+    ]
     library.lycore_network_new.restype = c_int32
     library.lycore_network_new.argtypes = [c_char_p, POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_network_schema.restype = c_int32

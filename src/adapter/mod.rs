@@ -298,6 +298,11 @@ impl Adapter {
         self.family.as_ref()
     }
 
+    /// PEFT's configuration, when the file needs one and it was found.
+    pub fn config(&self) -> Option<&metadata::PeftConfig> {
+        self.config.as_deref()
+    }
+
     /// Every key of the file and what became of it.
     pub fn keys(&self) -> &[KeyState] {
         &self.keys

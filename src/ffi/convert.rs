@@ -3,6 +3,7 @@
 use super::adapter::{held, lycore_adapter};
 use super::boundary::{self, c_text, Failure, Outcome};
 use super::handle;
+use super::progress::{self, lycore_progress};
 use super::status::lycore_status::LYCORE_BAD_ARGUMENT;
 use super::status::{lycore_error, lycore_status};
 use crate::tools::convert::{convert, Options, Spelling};
@@ -19,18 +20,19 @@ use std::path::Path;
 /// reports it (default: told from the names), "component": "unet" | "transformer" | "text_encoder" | "text_encoder_2" | "text_encoder_3"
 /// (writes only this model's modules; required for "peft" when the file has several), "skip": true (leaves out what cannot be said and lists
 /// it in the report)}. For "peft" `output` is a file, or a folder that gets adapter_model.safetensors; adapter_config.json is written beside it
-/// and never over that of another adapter.
+/// and never over that of another adapter. Progress counts modules.
 /// `report` may be NULL; it becomes JSON {"input", "output", "config": path or null, "to", "family": {"name", "reason"} or null, "summary":
 /// {"modules", "written", "tensors", "split", "fused", "left_out"}, "modules": [{"module", "becomes": [text]}], "left_out": [{"module",
 /// "reason"}]}, freed with lycore_text_free.
 ///
 /// # Safety
-/// The texts are NUL-terminated UTF-8; `report` and `error` are NULL or may be written.
+/// The texts are NUL-terminated UTF-8; `progress` is NULL or as described; `report` and `error` are NULL or may be written.
 #[no_mangle]
 pub unsafe extern "C" fn lycore_adapter_convert(
     adapter: *const lycore_adapter,
     output: *const c_char,
     options: *const c_char,
+    progress: *const lycore_progress,
     report: *mut *mut c_char,
     error: *mut *mut lycore_error,
 ) -> lycore_status {
@@ -41,7 +43,10 @@ pub unsafe extern "C" fn lycore_adapter_convert(
             let (output, options) = (boundary::text(output, "output")?, boundary::text(options, "options")?);
             let json: Value = serde_json::from_str(options).map_err(|e| bad(format!("not JSON: {e}")))?;
             let map = json.as_object().ok_or_else(|| bad("not a JSON object".into()))?;
-            let done = convert(&adapter.adapter, Path::new(output), &read(map)?)?;
+            let options = read(map)?;
+            let done = progress::with(progress, |progress| {
+                Ok(convert(&adapter.adapter, Path::new(output), &options, progress)?)
+            })?;
             if let Some(report) = report.as_mut() {
                 *report = handle::new_text(c_text(&done.to_string()));
             }

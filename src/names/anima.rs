@@ -61,8 +61,6 @@ pub const FAMILY: Family = Family {
     also: &[],
     parts: &[],
     marks: &[
-        Mark::Has("blocks.{}.self_attn.q_proj"),
-        Mark::Has("blocks.{}.mlp.layer1"),
         Mark::Has("llm_adapter.blocks.{}.self_attn.q_proj"),
         Mark::Columns("blocks.{}.self_attn.q_proj", &[2048]),
         Mark::Columns("blocks.{}.self_attn.output_proj", &[2048]),
@@ -82,8 +80,6 @@ pub const FAMILY: Family = Family {
 pub const COSMOS_PREDICT2: Family = Family {
     name: "Cosmos-Predict2",
     marks: &[
-        Mark::Has("blocks.{}.self_attn.q_proj"),
-        Mark::Has("blocks.{}.mlp.layer1"),
         Mark::Lacks("llm_adapter.blocks.{}.self_attn.q_proj"),
         Mark::Lacks("llm_adapter.blocks.{}.cross_attn.q_proj"),
         Mark::Columns("blocks.{}.self_attn.q_proj", &[2048, 5120]),

@@ -3,6 +3,7 @@
 use super::family::{is_complete, Fraction, Reading, Span, Table};
 use super::guess::{best_tables, guess_of, Guess, Module};
 use super::scope::{self, SLOTS};
+use super::words::{with_dots, UNET};
 use super::{clip, family, flatten, sd_unet, without_weight};
 use crate::view::Slice;
 use std::collections::hash_map::{Entry, HashMap};
@@ -104,6 +105,16 @@ pub struct Index {
 impl Index {
     /// `targets`: each weight's name, with or without `.weight`, and its shape. Targets are counted from 0 in this order.
     pub fn new<S: AsRef<str>, D: AsRef<[usize]>>(targets: &[(S, D)]) -> Self {
+        Self::build(targets, false)
+    }
+
+    /// The same of the modules of an adapter, which are a part of its model's and may be flattened: how deep a U-Net's levels are is
+    /// not told by those that happen to be there, and is taken from the published models.
+    pub fn of_adapter<S: AsRef<str>, D: AsRef<[usize]>>(modules: &[(S, D)]) -> Self {
+        Self::build(modules, true)
+    }
+
+    fn build<S: AsRef<str>, D: AsRef<[usize]>>(targets: &[(S, D)], partial: bool) -> Self {
         let places: Vec<_> =
             targets.iter().map(|(name, _)| scope::classify(without_weight(name.as_ref()))).collect();
         let in_unet = places.iter().zip(targets).enumerate().filter(|(_, (place, _))| place.scope.is_unet());
@@ -116,7 +127,14 @@ impl Index {
             None => best_tables(&modules),
         };
         let is_table = family.is_some() && !tables.is_empty();
-        let layout = sd_unet::Layout::of(modules.iter().map(|m| m.path));
+        let found = || sd_unet::Layout::of(modules.iter().map(|m| m.path));
+        let layout = match partial {
+            true => family
+                .as_ref()
+                .and_then(|g| sd_unet::Layout::published(g.family))
+                .unwrap_or_else(|| found().of_published_depth()),
+            false => found(),
+        };
         let present = scope::Present::of(places.iter().map(|p| p.scope));
 
         let mut exact = Spellings::new();
@@ -132,7 +150,8 @@ impl Index {
             let other = if place.scope.is_unet() && is_table {
                 vec![]
             } else if place.scope.is_unet() {
-                let other = layout.to_diffusers(place.rest).or_else(|| layout.to_checkpoint(place.rest));
+                let path = if partial { with_dots(place.rest, UNET) } else { place.rest.to_owned() };
+                let other = layout.to_diffusers(&path).or_else(|| layout.to_checkpoint(&path));
                 other.map(|name| (name, hit.clone())).into_iter().collect()
             } else {
                 family_of_encoder(place.rest, target, shape.as_ref().first().copied().unwrap_or(0))

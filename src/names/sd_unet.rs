@@ -86,6 +86,11 @@ impl Layout {
         Some(Layout { stride: 3, attentive_up: attentive_up.collect() })
     }
 
+    /// The same with the resnets per block of every published model.
+    pub(super) fn of_published_depth(self) -> Self {
+        Layout { stride: 3, ..self }
+    }
+
     /// Deduces the arithmetic from the paths inside the U-Net, in either layout; other names do no harm.
     ///
     /// Resnets per down block: in diffusers' layout the highest `j` of `down_blocks.i.{resnets,attentions}.j` and one. In the

@@ -20,6 +20,7 @@ use crate::adapter::keys::Dialect;
 use crate::adapter::{Adapter, KeyStatus, Module};
 use crate::error::{Error, Result};
 use crate::names::{Fraction, Guess};
+use crate::progress::Progress;
 use names::{Component, Naming, Place};
 use output::Spelled;
 use rows::{Group, Part};
@@ -97,12 +98,17 @@ type Gathered = BTreeMap<(Component, String), Vec<(usize, Option<Fraction>, Opti
 
 /// Writes `adapter` to `path` in another spelling and returns the report. The output appears whole or not at all and may be the adapter's
 /// own file; for PEFT it may be a folder. Nothing is written when a module cannot be.
-pub fn convert(adapter: &Adapter, path: &Path, options: &Options<'_>) -> Result<Value> {
+pub fn convert(
+    adapter: &Adapter,
+    path: &Path,
+    options: &Options<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<Value> {
     let family = family_of(adapter, options)?;
     let modules = adapter.modules().iter().map(|m| m.name.as_str());
     let naming = Naming::new(options.to, family.as_ref().map(|g| g.family), modules);
     let mut problems: Vec<Problem> = unread(adapter);
-    let sources = sources(adapter, &naming, options, &mut problems)?;
+    let sources = sources(adapter, &naming, options, &mut problems, progress)?;
     let mut targets = put_together(&sources, &mut problems);
     let configs = loop {
         let (configs, failed) = configs(&naming, &targets);
@@ -121,6 +127,9 @@ pub fn convert(adapter: &Adapter, path: &Path, options: &Options<'_>) -> Result<
     }
     let Spelled { names, tensors } = output::spelled(&naming, &sources, &targets)?;
     let metadata = output::metadata(adapter, &naming, &configs);
+    // Nothing is written before; after it the output is whole.
+    let total = adapter.modules().len() as u64;
+    progress.at(total, total)?;
     let (file, config) = output::write(path, options.to, &tensors, &metadata, configs)?;
     let mut becomes: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for (target, name) in targets.iter().zip(&names) {
@@ -166,9 +175,12 @@ fn sources<'a>(
     naming: &Naming,
     options: &Options<'_>,
     problems: &mut Vec<Problem>,
+    progress: &mut Progress<'_>,
 ) -> Result<Vec<Source<'a>>> {
     let (mut found, mut components) = (Vec::new(), BTreeSet::new());
-    for module in adapter.modules() {
+    let total = adapter.modules().len() as u64;
+    for (done, module) in adapter.modules().iter().enumerate() {
+        progress.at(done as u64, total)?;
         let mut refuse = |why: String| problems.push((module.name.clone(), why));
         let Some(component) = names::component(&module.name) else {
             refuse("it belongs to neither the diffusion model nor a text encoder".into());

@@ -159,6 +159,10 @@ fn pairs<'a>(tuned: &'a File, base: &'a File, options: &Options) -> Result<(Vec<
             _ => continue,
         };
         let mut skip = |why: String| skipped.push(json!({"weight": entry.name, "reason": why}));
+        if matches!(&kind, Kind::Weight(names) if entry.shape[0] % names.len().max(1) != 0) {
+            skip(format!("its {} rows are not those of three weights", entry.shape[0]));
+            continue;
+        }
         let Some(other) = base.get(&entry.name) else {
             skip("the base does not have it".into());
             continue;
@@ -248,7 +252,7 @@ fn made(tuned: &File, base: &File, pair: &Pair<'_>, options: &Options) -> Result
                 [vec![rows, rank], ones].concat(),
                 &up.values,
             )?,
-            Part::alpha(format!("{name}.alpha"), &[], rank as f64),
+            Part::alpha(format!("{name}.alpha"), &[], rank as f64)?,
         ];
         made.push((parts, json!({"module": name, "weight": entry.name, "rank": rank, "error": error})));
     }

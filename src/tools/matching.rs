@@ -56,7 +56,7 @@ fn places(
         layers.iter().filter_map(|l| l.first()).map(|m| (m.module.name.as_str(), shape(m.module))).collect();
     let own: Vec<(&str, Vec<usize>)> = modules.iter().map(|m| (m.name.as_str(), shape(m))).collect();
     // A flattened name cannot be translated, but a dotted one can be into it: so each file's names are looked up among the other's.
-    let (there, here) = (Index::new(&known), Index::new(&own));
+    let (there, here) = (Index::of_adapter(&known), Index::of_adapter(&own));
     let mut found = exact;
     for (at, (name, _)) in known.iter().enumerate() {
         if let Some(module) = whole(&here, name, modules.len())?.filter(|m| found[*m].is_none()) {

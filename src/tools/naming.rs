@@ -28,6 +28,9 @@ pub struct Namer {
     several_encoders: bool,
 }
 
+/// Tables of T5 and of language models.
+const TABLES: &[&str] = &["shared", "embed_tokens", "relative_attention_bias"];
+
 impl Namer {
     /// For the checkpoint with these keys.
     pub fn of<'a>(keys: impl Iterator<Item = &'a str> + Clone, spelling: Spelling) -> Self {
@@ -54,7 +57,8 @@ impl Namer {
         let place = classify(path);
         let last = path.rsplit('.').next().unwrap_or(path);
         // Tables of vectors, and OpenCLIP's projection, which is stored the other way round.
-        if last.contains("embedding") || last == "text_projection" || place.scope == Scope::Foreign {
+        let table = last.contains("embedding") || TABLES.contains(&last);
+        if table || last == "text_projection" || place.scope == Scope::Foreign {
             return None;
         }
         if self.spelling == Spelling::Checkpoint {

@@ -140,10 +140,10 @@ impl<'a> Recipe<'a> {
                 return Ok(Form::Scaled);
             }
         }
-        let (rows, cols) = (self.shape[0], self.shape.iter().skip(1).product::<usize>());
-        if self.shape.len() < 2 {
-            return Ok(Form::Whole);
-        }
+        let (rows, cols) = match &self.shape[..] {
+            [rows, rest @ ..] if !rest.is_empty() => (*rows, rest.iter().product::<usize>()),
+            _ => return Ok(Form::Whole),
+        };
         let ranks: Option<Vec<usize>> =
             weights.iter().map(|(m, op)| delta::exact_rank(m.module, op)).collect();
         let total = ranks.as_ref().and_then(|r| r.iter().try_fold(0usize, |sum, r| sum.checked_add(*r)));
@@ -210,6 +210,16 @@ impl<'a> Recipe<'a> {
         }
     }
 
+    /// Whether the result has its alpha among its tensors. Diffusers refuses a file of its own words that has one; a PEFT file's is for
+    /// LyCore, which else would take that of the configuration beside it.
+    fn tells_alpha(&self) -> bool {
+        self.members.first().is_none_or(|m| {
+            m.module.dialect == Dialect::Kohya
+                || m.source.group(&m.module.name).is_some_and(|group| m.source.holds(group, "alpha"))
+                || self.key("alpha").starts_with("base_model.model.")
+        })
+    }
+
     fn is_norm(&self) -> bool {
         self.members.iter().all(|m| m.module.algorithm.name() == "norm")
     }
@@ -223,7 +233,9 @@ impl<'a> Recipe<'a> {
                 let ones = vec![1; self.shape.len().saturating_sub(2)];
                 rows.push((self.key("lora_down.weight"), float, [&[rank][..], &self.shape[1..]].concat()));
                 rows.push((self.key("lora_up.weight"), float, [vec![self.shape[0], rank], ones].concat()));
-                rows.push((self.key("alpha"), Dtype::F32, Vec::new()));
+                if self.tells_alpha() {
+                    rows.push((self.key("alpha"), Dtype::F32, Vec::new()));
+                }
             }
             Form::Whole => rows.push((
                 self.key(if self.is_norm() { "w_norm" } else { "diff" }),
@@ -310,11 +322,12 @@ impl<'a> Recipe<'a> {
 
     /// The tensors of one module at a weight: in alpha where the file's dialect has one, so that no factor is rounded.
     fn scaled(&self) -> Result<Vec<Part>> {
-        let Some(Member { module, weight, .. }) = self.members.first() else { return Ok(Vec::new()) };
+        let Some(Member { source, module, weight, .. }) = self.members.first() else { return Ok(Vec::new()) };
         let tensors = module.algorithm.tensors();
         let scalar =
             tensors.iter().find(|(slot, _)| *slot == "scalar").and_then(|(_, t)| t.scalar()).unwrap_or(1.0);
-        let has_alpha = tensors.iter().any(|(slot, _)| *slot == "alpha");
+        // The file's own, not one of a configuration: PEFT and diffusers read no alpha among the tensors.
+        let has_alpha = source.group(&module.name).is_some_and(|group| source.holds(group, "alpha"));
         let rank = module.algorithm.rank();
         let own = module.algorithm.alpha().filter(|a| *a != 0.0).map(f64::from);
         let in_alpha = rank.is_some() && (has_alpha || module.dialect == Dialect::Kohya);
@@ -323,12 +336,17 @@ impl<'a> Recipe<'a> {
             (None, Some(op @ Op::Kron(_))) if scalar != 0.0 => op.scale() / scalar,
             _ => 1.0,
         };
+        // Without an alpha in the file the scale goes into the factor as well.
+        let told = match (rank, own) {
+            (Some(rank), Some(own)) if !self.tells_alpha() => own / rank as f64,
+            _ => 1.0,
+        };
         let mut parts = Vec::with_capacity(tensors.len() + 1);
         for (slot, tensor) in &tensors {
             let factor = if LINEAR_SLOTS.contains(slot) {
                 *weight
             } else if !in_alpha && CARRIERS.contains(slot) {
-                weight * untold
+                weight * untold * told
             } else {
                 1.0
             };
@@ -336,9 +354,9 @@ impl<'a> Recipe<'a> {
                 parts.push(self.multiplied(self.key(slot), tensor, factor)?);
             }
         }
-        if let Some(rank) = rank {
+        if let Some(rank) = rank.filter(|_| self.tells_alpha()) {
             let alpha = own.unwrap_or(rank as f64) * if in_alpha { *weight } else { 1.0 };
-            parts.push(Part::alpha(self.key("alpha"), &[], alpha));
+            parts.push(Part::alpha(self.key("alpha"), &[], alpha)?);
         }
         Ok(parts)
     }
@@ -364,7 +382,7 @@ impl<'a> Recipe<'a> {
         }
         let ones = vec![1; self.shape.len().saturating_sub(2)];
         let down_shape = [&[rank][..], &self.shape[1..]].concat();
-        Ok(vec![
+        let mut parts = vec![
             Part::made(self.key("lora_down.weight"), self.float, down_shape, &down.values)?,
             Part::made(
                 self.key("lora_up.weight"),
@@ -372,8 +390,11 @@ impl<'a> Recipe<'a> {
                 [vec![self.shape[0], rank], ones].concat(),
                 &up.values,
             )?,
-            Part::alpha(self.key("alpha"), &[], alpha),
-        ])
+        ];
+        if self.tells_alpha() {
+            parts.push(Part::alpha(self.key("alpha"), &[], alpha)?);
+        }
+        Ok(parts)
     }
 
     /// All factors behind each other, and the scale that is left outside: the largest coefficient with `outside`, else 1.
@@ -445,7 +466,11 @@ impl<'a> Recipe<'a> {
         let mut parts = Vec::with_capacity(self.members.len());
         for (member, (ops, _)) in self.members.iter().zip(&self.ops).filter(|(_, (ops, _))| !ops.is_empty()) {
             let terms: Vec<Term<'_>> = ops.iter().map(|op| Term { op, strength: 1.0, slice: None }).collect();
-            parts.push((delta::sum(self.name(), &self.shape, &terms, None)?, member.weight));
+            let sum = delta::sum(self.name(), &self.shape, &terms, None)?;
+            if sum.values.iter().any(|v| !v.is_finite()) {
+                return Err(delta::not_finite(self.name()));
+            }
+            parts.push((sum, member.weight));
         }
         let seed = sparse::seed_of(options.seed, self.name());
         Ok(sparse::merge(method, parts, options.density, seed))

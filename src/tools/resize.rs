@@ -89,6 +89,16 @@ struct Made {
 /// Writes `source` with fewer ranks to `output`, which appears whole or not at all and may be `source` itself. Progress counts modules.
 pub fn resize(source: &Path, output: &Path, options: &Options, progress: &mut Progress<'_>) -> Result<Value> {
     let source = Source::open(source)?;
+    if source.adapter.config().is_some() {
+        // Its ranks and alphas would say what the new tensors contradict.
+        return Err(Error::Unsupported {
+            what: format!(
+                "{}: ranks and alphas stand in a PEFT configuration, which cannot follow",
+                source.adapter.path().display()
+            ),
+            hint: "`lycore convert --to kohya` first, resize that, and convert it back".into(),
+        });
+    }
     let (mut parts, mut entries, mut changed) = (Vec::new(), Vec::new(), 0usize);
     let groups: Vec<&Group> = source.groups().iter().collect();
     super::each(
@@ -222,7 +232,7 @@ fn resized(
     let (alpha, old_scale) = (get("alpha"), scale_of(module, old));
     let new_alpha = old_scale * new as f64;
     if alpha.is_some() {
-        parts.push(Part::alpha(name("alpha"), alpha.map_or(&[], |t| t.shape()), new_alpha));
+        parts.push(Part::alpha(name("alpha"), alpha.map_or(&[], |t| t.shape()), new_alpha)?);
     }
     for (slot, tensor) in &tensors {
         if ![UP, DOWN, MID, "alpha"].contains(slot) {
@@ -267,6 +277,12 @@ fn converted(
     options: &Options,
     about: Value,
 ) -> Result<Made> {
+    if op.scale() == 0.0 {
+        return Ok(Made {
+            parts: None,
+            entry: copied_entry(&about, "its scalar is 0, which no alpha can say"),
+        });
+    }
     let [rows, cols] = delta::size(op).unwrap_or_default();
     let (side, exact) = (rows.min(cols), delta::exact_rank(module, op).unwrap_or(usize::MAX));
     let limit = options.limit(shape.len() > 2).min(side);
@@ -307,7 +323,7 @@ fn converted(
     let mut parts = vec![
         Part::made(name(DOWN), float, [&[new][..], &shape[1..]].concat(), &pair.1.values)?,
         Part::made(name(UP), float, [vec![shape[0], new], ones].concat(), &pair.0.values)?,
-        Part::alpha(name("alpha"), &[], scalar * new as f64),
+        Part::alpha(name("alpha"), &[], scalar * new as f64)?,
     ];
     for (slot, tensor) in &tensors {
         // The op's scale has the scalar in it already.

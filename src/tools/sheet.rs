@@ -35,6 +35,9 @@ impl Part {
 
     /// New values, rounded to nearest even. One that does not fit into the dtype is an error.
     pub fn made(key: String, float: Float, shape: Vec<usize>, values: &[f32]) -> Result<Self> {
+        if values.iter().any(|v| !v.is_finite()) {
+            return Err(super::delta::not_finite(&key));
+        }
         let mut bytes = vec![0u8; values.len() * float.size()];
         float.write(values, &mut bytes);
         if float != Float::F32 {
@@ -53,9 +56,17 @@ impl Part {
     }
 
     /// An alpha. Always f32: a ratio of ranks seldom is a number of fewer bits, and it scales the whole module.
-    pub fn alpha(key: String, shape: &[usize], value: f64) -> Self {
-        let content = Content::Made((value as f32).to_le_bytes().to_vec());
-        Part { key, dtype: Dtype::F32, shape: shape.to_vec(), content }
+    pub fn alpha(key: String, shape: &[usize], value: f64) -> Result<Self> {
+        let short = value as f32;
+        // An alpha of 0 means the rank: too small a number would become a scale of 1.
+        if short == 0.0 || !short.is_finite() {
+            return Err(Error::argument(
+                format!("`{key}`: an alpha of {value:e} is beyond fp32"),
+                "1 is the usual weight",
+            ));
+        }
+        let content = Content::Made(short.to_le_bytes().to_vec());
+        Ok(Part { key, dtype: Dtype::F32, shape: shape.to_vec(), content })
     }
 
     /// The bytes to write.

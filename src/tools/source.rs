@@ -4,10 +4,9 @@ use super::sheet::{self, Part};
 use crate::adapter::atomic::AtomicFile;
 use crate::adapter::safetensors::{to_vec, Entry, File};
 use crate::adapter::{keys, pickle, Adapter, Module};
-use crate::algo;
 use crate::error::{Error, Result};
 use crate::view::Tensor;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::io::{Read, Seek};
 use std::path::Path;
 use std::sync::Arc;
@@ -41,19 +40,14 @@ fn open(path: &Path) -> Result<File> {
     if !pickle::is_pickle(&head[..count]) {
         return File::open(path);
     }
-    let adapter = Adapter::open(path)?;
-    let (mut rows, mut seen) = (Vec::new(), HashSet::new());
-    for module in adapter.modules() {
-        for (slot, tensor) in module.algorithm.tensors() {
-            let owner = if algo::is_shared(slot) { "" } else { &module.name };
-            let key = sheet::key(module.dialect, owner, slot);
-            let bytes = tensor.bytes().unwrap_or_default().to_vec();
-            if seen.insert(key.clone()) {
-                rows.push((key, tensor.dtype(), tensor.shape().to_vec(), bytes));
-            }
-        }
-    }
-    File::from_bytes(to_vec(&rows, adapter.metadata())?)
+    // Every key as it is: what no module uses is copied or listed by the tools, as of any other file.
+    let read = pickle::open(path)?;
+    let row = |(key, tensor): (String, Tensor)| {
+        let bytes = tensor.bytes().unwrap_or_default().to_vec();
+        (key, tensor.dtype(), tensor.shape().to_vec(), bytes)
+    };
+    let rows: Vec<_> = read.tensors.into_iter().map(row).collect();
+    File::from_bytes(to_vec(&rows, &read.metadata)?)
 }
 
 impl Source {
@@ -134,7 +128,7 @@ impl Source {
         let (alpha, rank) = (module.algorithm.alpha()?, module.algorithm.rank()?);
         let held = self.group(&module.name)?.tensors.iter().any(|(_, slot)| *slot == Some("alpha"));
         let plain = alpha == 0.0 || alpha == rank as f32;
-        (!held && !plain).then(|| Part::alpha(self.key(module, "alpha"), &[], f64::from(alpha)))
+        (!held && !plain).then(|| Part::alpha(self.key(module, "alpha"), &[], f64::from(alpha)).ok())?
     }
 
     /// Whether a copy of the file alone says everything about every module.

@@ -13,7 +13,7 @@ static void adapter_calls(lycore_adapter *handle, lycore_status want) {
     FAILS(want, lycore_adapter_module(handle, 0, &out.module, e));
     FAILS(want, lycore_adapter_tensor(handle, 0, 0, &out.name, &out.tensor, e));
     FAILS(want, lycore_adapter_prefix(handle, 1, &out.adapter, e));
-    FAILS(want, lycore_adapter_convert(handle, output_path, "{\"to\": \"kohya\"}", &out.text, e));
+    FAILS(want, lycore_adapter_convert(handle, output_path, "{\"to\": \"kohya\"}", NULL, &out.text, e));
     FAILS(want, lycore_adapter_save(handle, output_path, e));
     FAILS(want, lycore_stack_add_adapter(stack, handle, NULL, &out.number, e));
     FAILS(want, lycore_checkpoint_merge(base_path, list, NULL, 1, output_path, NULL, NULL, &out.text, e));
@@ -229,10 +229,10 @@ static void pointers(void) {
     FAILS(bad, lycore_checkpoint_merge(base_path, list, NULL, UINT64_MAX / 4, output_path, NULL, NULL, NULL, e));
 
     const char *const files[1] = {base_path}, *const no_file[1] = {NULL}, *const not_a_file[1] = {not_utf8};
-    FAILS(null, lycore_adapter_convert(adapter, NULL, "{\"to\": \"kohya\"}", &out.text, e));
-    FAILS(bad, lycore_adapter_convert(adapter, not_utf8, "{\"to\": \"kohya\"}", &out.text, e));
-    FAILS(bad, lycore_adapter_convert(adapter, output_path, not_utf8, &out.text, e));
-    FAILS(bad, lycore_adapter_convert(adapter, output_path, "{\"to\": \"nowhere\"}", &out.text, e));
+    FAILS(null, lycore_adapter_convert(adapter, NULL, "{\"to\": \"kohya\"}", NULL, &out.text, e));
+    FAILS(bad, lycore_adapter_convert(adapter, not_utf8, "{\"to\": \"kohya\"}", NULL, &out.text, e));
+    FAILS(bad, lycore_adapter_convert(adapter, output_path, not_utf8, NULL, &out.text, e));
+    FAILS(bad, lycore_adapter_convert(adapter, output_path, "{\"to\": \"nowhere\"}", NULL, &out.text, e));
     FAILS(null, lycore_resize(NULL, output_path, NULL, NULL, &out.text, e));
     FAILS(null, lycore_resize(base_path, NULL, NULL, NULL, &out.text, e));
     FAILS(bad, lycore_resize(not_utf8, output_path, NULL, NULL, &out.text, e));

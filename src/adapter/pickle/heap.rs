@@ -83,9 +83,10 @@ impl Global {
 }
 
 /// Elements that lie somewhere else in the file, under a key.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Storage {
-    pub key: String,
+    /// A text on the heap: a file may mention one storage as often as it likes.
+    pub key: Value,
     pub dtype: Dtype,
     pub count: usize,
 }

@@ -35,7 +35,8 @@ pub(super) fn read(bytes: &[u8], start: usize) -> Fault<(Loaded, BTreeMap<String
     }
     let object = machine::load(bytes, system.end)?;
     let keys = machine::load(bytes, object.end)?;
-    let types: HashMap<&str, _> = object.heap.storages.iter().map(|s| (s.key.as_str(), s.dtype)).collect();
+    let types: HashMap<&str, _> =
+        object.heap.storages.iter().filter_map(|s| Some((object.heap.text(s.key)?, s.dtype))).collect();
     let mut storages = BTreeMap::new();
     let mut at = keys.end;
     for &key in keys.heap.items(keys.top).unwrap_or(&[]) {

@@ -327,15 +327,15 @@ impl<'a> Machine<'a> {
     fn storage(&mut self, id: Value) -> Fault<Value> {
         let (tag, class, key, count) = match self.heap.items(id) {
             Some(&[tag, class, key, _, count] | &[tag, class, key, _, count, Value::None]) => {
-                (self.heap.text(tag), class, self.heap.text(key), count)
+                (self.heap.text(tag), class, key, count)
             }
-            _ => (None, Value::None, None, Value::None),
+            _ => (None, Value::None, Value::None, Value::None),
         };
         match (tag, class, key, count) {
-            (Some("storage"), Value::Global(Global::Storage(dtype)), Some(key), Value::Int(count))
+            (Some("storage"), Value::Global(Global::Storage(dtype)), Value::Text(_), Value::Int(count))
                 if count >= 0 =>
             {
-                let (key, count) = (key.to_owned(), usize::try_from(count).unwrap_or(usize::MAX));
+                let count = usize::try_from(count).unwrap_or(usize::MAX);
                 Ok(self.heap.add_storage(Storage { key, dtype, count }))
             }
             _ => self.wrong("a reference that is no storage of a known type"),

@@ -71,8 +71,15 @@ fn read(bytes: &[u8], keep: Keep) -> Fault<Pickled> {
         None if bytes.starts_with(zip::LOCAL) => read_zip(bytes)?,
         None => return bad("does not begin like a file of torch.save"),
     };
-    let mut reader =
-        Reader { bytes, keep, heap: &loaded.heap, storages, spare: bytes.len(), made: HashMap::new() };
+    let mut reader = Reader {
+        bytes,
+        keep,
+        heap: &loaded.heap,
+        storages,
+        spare: bytes.len(),
+        spare_text: bytes.len(),
+        made: HashMap::new(),
+    };
     reader.read(loaded.top)
 }
 
@@ -106,6 +113,8 @@ struct Reader<'a> {
     /// Bytes that packed copies may still take: all of them together no more than the file, or a small file could
     /// repeat one element until memory ends.
     spare: usize,
+    /// The same for text.
+    spare_text: usize,
     /// Tensors by their index on the heap: one that stands under two names is packed once.
     made: HashMap<usize, Tensor>,
 }
@@ -123,6 +132,11 @@ impl Reader<'_> {
         for &dict in path.iter().rev() {
             for &(key, value) in self.heap.pairs(dict).unwrap_or(&[]) {
                 if let (Some(key), Some(value)) = (self.heap.text(key), self.heap.text(value)) {
+                    // One text may stand under every key: all copies together no more than the file.
+                    let Some(spare) = self.spare_text.checked_sub(key.len() + value.len()) else {
+                        return bad("repeats more text than the file has bytes");
+                    };
+                    self.spare_text = spare;
                     out.metadata.insert(key.to_owned(), value.to_owned());
                 }
             }
@@ -206,8 +220,9 @@ impl Reader<'_> {
         let spec = self.heap.tensor(Value::Tensor(index));
         let storage = spec.and_then(|spec| self.heap.storages.get(spec.storage));
         let (Some(spec), Some(storage)) = (spec, storage) else { return Err(wrong("has no storage".into())) };
-        let Some(range) = self.storages.get(&storage.key).cloned() else {
-            return Err(wrong(format!("its storage `{}` is not in the file", storage.key)));
+        let Some(range) = self.heap.text(storage.key).and_then(|key| self.storages.get(key)).cloned() else {
+            let key = self.heap.text(storage.key).unwrap_or_default();
+            return Err(wrong(format!("its storage `{key}` is not in the file")));
         };
         let got = range.len();
         if dtype::byte_len(storage.dtype, &[storage.count]) != Some(got) {

@@ -100,7 +100,10 @@ pub(super) fn write(
     let mut config = None;
     if let Some(fields) = configs.into_values().next().filter(|_| to == Spelling::Peft) {
         let path = file.with_file_name("adapter_config.json");
-        if path.exists() && !file.exists() {
+        // It is this file's own where this is the adapter that PEFT's folders hold, or the only one.
+        let main = file.with_file_name("adapter_model.safetensors");
+        let own = file.exists() && (file == main || !main.exists());
+        if path.exists() && !own {
             let why = "is another adapter's configuration, which its alphas depend on; choose another folder"
                 .into();
             return Err(Error::File { path, fault: FileFault::WrongKind { why } });

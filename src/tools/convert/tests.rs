@@ -33,6 +33,10 @@ impl Random {
     }
 }
 
+fn convert(adapter: &Adapter, path: &Path, options: &Options<'_>) -> Result<Value> {
+    super::convert(adapter, path, options, &mut Progress::none())
+}
+
 fn bytes(tensors: &Tensors, metadata: &[(&str, &str)]) -> Vec<u8> {
     let tensors: Vec<_> = tensors
         .iter()
