@@ -147,8 +147,10 @@ fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
         (Some(_), _) => super::alpha(module, group)?,
         // Without a rank alpha means nothing; LyCORIS' 100000 is infinite in an fp16 file.
         (None, None | Some(1.0)) => {
-            let value = group.get(ALPHA).and_then(|t| t.scalar());
-            (value.map(|v| Tensor::of_f32(vec![v as f32], &[])), None)
+            let own = group.get(ALPHA).filter(|t| t.count() == 1);
+            let float = own.filter(|t| crate::dtype::Float::of(t.dtype()).is_some()).cloned();
+            let number = || own.and_then(|t| t.scalar()).map(|v| Tensor::of_f32(vec![v as f32], &[]));
+            (float.or_else(number), None)
         }
         // PEFT's scale has no other place in the tensors than a half itself. The alpha beside it tells readers that none is missing.
         (None, Some(scale)) => {
