@@ -68,13 +68,7 @@ struct Content {
 
 impl From<safetensors::File> for Content {
     fn from(file: safetensors::File) -> Self {
-        let shared: Arc<safetensors::File> = Arc::new(file.clone());
-        let tensor = |entry: &safetensors::Entry| {
-            // SAFETY: the bytes live as long as the file, which `shared` keeps.
-            let tensor =
-                unsafe { Tensor::of_bytes(file.bytes(entry), entry.dtype, &entry.shape, shared.clone()) };
-            Some((entry.name.clone(), tensor?))
-        };
+        let tensor = |entry: &safetensors::Entry| Some((entry.name.clone(), file.tensor(entry)?));
         Content {
             tensors: file.entries().iter().filter_map(tensor).collect(),
             metadata: file.metadata().clone(),

@@ -11,6 +11,7 @@ mod writer;
 use crate::adapter::atomic;
 use crate::dtype::Dtype;
 use crate::error::{Error, FileFault, Result};
+use crate::view::Tensor;
 use header::Header;
 use memmap2::Mmap;
 use std::collections::BTreeMap;
@@ -105,6 +106,12 @@ impl File {
     /// The tensor of this name.
     pub fn get(&self, name: &str) -> Option<&Entry> {
         self.0.header.get(name)
+    }
+
+    /// One of this file's tensors, which keeps the file. `None` when its bytes do not fit its shape.
+    pub fn tensor(&self, entry: &Entry) -> Option<Tensor> {
+        // SAFETY: the bytes live as long as the file, which the tensor holds, and nobody writes them.
+        unsafe { Tensor::of_bytes(self.bytes(entry), entry.dtype, &entry.shape, self.0.clone()) }
     }
 
     /// The bytes of one of this file's tensors: little-endian, row-major, aligned to nothing.

@@ -230,7 +230,7 @@ fn alpha(module: &str, group: &Group) -> Result<(Option<Tensor>, Option<f32>)> {
 }
 
 /// alpha / rank. LyCORIS and sd-scripts read a missing or zero alpha as the rank.
-fn scale(alpha: Option<f32>, rank: usize) -> f64 {
+pub(crate) fn scale(alpha: Option<f32>, rank: usize) -> f64 {
     match alpha {
         Some(alpha) if alpha != 0.0 => f64::from(alpha) / rank as f64,
         _ => 1.0,

@@ -87,7 +87,6 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
     metadata.insert("lycore.merged".into(), recipe(metadata.get("lycore.merged"), job));
 
     let mut writer = Writer::create(job.output, &layout, &metadata)?;
-    let shared = Arc::new(base.clone());
     let (mut done, mut changed, mut next_target) = (0u64, 0usize, 0usize);
     let mut prepared = Prepared::default();
     let mut copied = Vec::new();
@@ -108,7 +107,7 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
             }
         } else {
             changed += usize::from(!own_terms.is_empty());
-            let merged = merged(&base, &shared, entry, (*to, shape), own_terms, job.device, &mut prepared)?;
+            let merged = merged(&base, entry, (*to, shape), own_terms, job.device, &mut prepared)?;
             for block in merged.chunks(BLOCK) {
                 writer.write(block)?;
                 done += block.len() as u64;
@@ -155,7 +154,6 @@ fn prove_copies(base: &File, output: &Path, copied: &[&Entry]) -> Result<usize> 
 
 fn merged(
     base: &File,
-    shared: &Arc<File>,
     entry: &Entry,
     (to, shape): (Dtype, &[usize]),
     terms: &[Term<'_>],
@@ -167,9 +165,7 @@ fn merged(
     let mut bytes = Vec::new();
     bytes.try_reserve_exact(size).map_err(|_| impossible())?;
     bytes.resize(size, 0u8);
-    // SAFETY: the mapped bytes live as long as `shared`.
-    let from = unsafe { Tensor::of_bytes(base.bytes(entry), entry.dtype, &entry.shape, shared.clone()) };
-    let from = from.ok_or_else(impossible)?;
+    let from = base.tensor(entry).ok_or_else(impossible)?;
     let from = if shape == entry.shape { from } else { padded(&from, shape).ok_or_else(impossible)? };
     // SAFETY: the view shows `bytes`, which is neither moved nor touched until the merge is done.
     let out = unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, to, shape, None)? };

@@ -17,7 +17,6 @@ use crate::progress::Progress;
 use crate::view::Tensor;
 use serde_json::{json, Value};
 use std::path::Path;
-use std::sync::Arc;
 
 /// What to extract.
 #[derive(Clone, Debug, PartialEq)]
@@ -192,8 +191,7 @@ fn pairs<'a>(tuned: &'a File, base: &'a File, options: &Options) -> Result<(Vec<
 }
 
 fn tensor(file: &File, entry: &Entry) -> Result<Tensor> {
-    // SAFETY: the bytes are the mapped file's, which the clone keeps.
-    unsafe { Tensor::of_bytes(file.bytes(entry), entry.dtype, &entry.shape, Arc::new(file.clone())) }
+    file.tensor(entry)
         .ok_or_else(|| Error::Backend(format!("`{}`: its bytes do not fit its shape", entry.name)))
 }
 

@@ -13,6 +13,7 @@ use super::sheet::{self, Part};
 use super::source::{Group, Source};
 use super::svd::{balance, Decomposition};
 use crate::adapter::Module;
+use crate::algo;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::merge::ops::{Op, Term};
@@ -229,7 +230,7 @@ fn resized(
         Part::made(name(DOWN), float(down), [&[new][..], &shape[1..]].concat(), &pair.1.values)?,
         Part::made(name(UP), float(up), [vec![shape[0], new], ones(up)].concat(), &pair.0.values)?,
     ];
-    let (alpha, old_scale) = (get("alpha"), scale_of(module, old));
+    let (alpha, old_scale) = (get("alpha"), algo::scale(module.algorithm.alpha(), old));
     let new_alpha = old_scale * new as f64;
     if alpha.is_some() {
         parts.push(Part::alpha(name("alpha"), alpha.map_or(&[], |t| t.shape()), new_alpha)?);
@@ -258,14 +259,6 @@ fn resized(
         entry["note"] = json!("its magnitude is kept as it was");
     }
     Ok(Made { parts: Some(parts), entry })
-}
-
-/// alpha / rank, where a missing or zero alpha means the rank.
-fn scale_of(module: &Module, rank: usize) -> f64 {
-    match module.algorithm.alpha() {
-        Some(alpha) if alpha != 0.0 => f64::from(alpha) / rank as f64,
-        _ => 1.0,
-    }
 }
 
 /// A LoHa or LoKr as a LoRA: exact, or the nearest.

@@ -138,11 +138,9 @@ impl Source {
 
     fn tensor(&self, at: usize) -> Result<Tensor> {
         let entry = self.entry(at);
-        // SAFETY: the bytes are the mapped file's, which the clone keeps.
-        unsafe {
-            Tensor::of_bytes(self.file.bytes(entry), entry.dtype, &entry.shape, Arc::new(self.file.clone()))
-        }
-        .ok_or_else(|| Error::Backend(format!("`{}`: its bytes do not fit its shape", entry.name)))
+        self.file
+            .tensor(entry)
+            .ok_or_else(|| Error::Backend(format!("`{}`: its bytes do not fit its shape", entry.name)))
     }
 
     /// Writes the file once more, byte for byte.
