@@ -9,6 +9,10 @@ READY := $(VENV)/.ready
 # tch asks the Python on the PATH where libtorch is.
 export PATH := $(VENV)/bin:$(PATH)
 export LIBTORCH_USE_PYTORCH := 1
+# NVRTC compiles kernels/; none there: build.rs searches further, and the build goes on without. Looked up anew by each recipe, so
+# that a build after `make setup` sees what that installed.
+LYCORE_NVRTC ?= $(firstword $(shell ls -d $(VENV)/lib/python3*/site-packages/nvidia/{cu13,cuda_nvrtc}/lib 2>/dev/null))
+export LYCORE_NVRTC
 export PYTHONPATH := $(CURDIR)/plugin
 # Programs that link libtorch (Rust tests, C hosts) find it here; Python has it in the process already.
 TORCH_LIB = $(shell $(PY) -c 'import importlib.util,os;print(os.path.join(os.path.dirname(importlib.util.find_spec("torch").origin),"lib"))')

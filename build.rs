@@ -1,13 +1,21 @@
-//! Compiles the C++ beside `src/torch_ext` against the libtorch that tch found. Nothing to do without the feature `torch`.
+//! Compiles the kernels (`build/kernels.rs`) and, with the feature `torch`, the C++ beside `src/torch_ext` against the libtorch
+//! that tch found.
+
+#[path = "build/kernels.rs"]
+mod kernels;
 
 use anyhow::{Context, Result};
 
 fn main() -> Result<()> {
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=build/kernels.rs");
     println!("cargo:rerun-if-changed=src/torch_ext/torch_ext.cpp");
     // Cargo gives a cdylib no SONAME; without one a program that links it records the path of the build folder.
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,liblycore.so");
     // tch and its dependencies mark C functions for export; two libraries with a tch inside must not bind each other's.
     println!("cargo:rustc-cdylib-link-arg=-Wl,--exclude-libs,ALL");
+    let folder = |name| std::env::var_os(name).map(std::path::PathBuf::from).context(name);
+    kernels::build(&folder("CARGO_MANIFEST_DIR")?.join("kernels"), &folder("OUT_DIR")?)?;
     if std::env::var_os("CARGO_FEATURE_TORCH").is_none() {
         println!("cargo:rustc-env=LYCORE_TORCH_VERSION=");
         return Ok(());

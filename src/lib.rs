@@ -7,13 +7,14 @@
 //! algorithms the other way, from gradients to a file.
 //!
 //! Underneath: [`dtype`] (element types, rounding), [`view`] (borrowed memory, bounds proven when made), [`progress`] (how far, stop),
-//! [`error`]. On top: [`ffi`], the C ABI of `include/lycore.h`, the only door for hosts in other languages.
+//! [`error`], and [`cuda`], the door to the CUDA driver: streams, device memory and the kernels of `kernels/`. On top: [`ffi`], the C ABI of `include/lycore.h`, the only door for hosts in other languages.
 //!
 //! The numeric contract, which every executor keeps: `W' = W + sum of strength_i * delta_i(W)` with every delta computed on the pristine W;
 //! products accumulate in f32; one rounding into W's dtype, to nearest even; strength 0 and restore give W back bit for bit.
 
 pub mod adapter;
 pub mod algo;
+pub mod cuda;
 pub mod dtype;
 pub mod error;
 pub mod ffi;
