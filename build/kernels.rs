@@ -141,10 +141,8 @@ impl Nvrtc {
         type F = unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int;
         let (mut major, mut minor) = (0, 0);
         // SAFETY: the type is nvrtc.h's; both pointers are to live integers.
-        ensure!(
-            unsafe { self.function::<F>("nvrtcVersion")?(&mut major, &mut minor) } == 0,
-            "nvrtcVersion failed"
-        );
+        let code = unsafe { self.function::<F>("nvrtcVersion")?(&mut major, &mut minor) };
+        ensure!(code == 0, "nvrtcVersion failed");
         Ok(format!("{major}.{minor}"))
     }
 

@@ -13,7 +13,8 @@ pub(super) struct Image {
     bytes: &'static [u8],
 }
 
-/// The file's bytes, aligned as an ELF file's headers must be.
+/// The file's bytes, aligned as an ELF file's headers must be. Unused where the build found no NVRTC.
+#[allow(unused_macros)]
 macro_rules! image {
     ($path:expr) => {{
         #[repr(align(64))]

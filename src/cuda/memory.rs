@@ -1,7 +1,7 @@
 //! Device memory, page-locked host memory, and the staging memory that uploads go through.
 
-use super::{opened, queue::Queue, sys, Gpu};
-use crate::error::Result;
+use super::{describe, opened, queue::Queue, sys, Gpu};
+use crate::error::{Error, Result};
 use once_cell::sync::Lazy;
 use rayon::prelude::*;
 use std::ffi::c_void;
@@ -114,6 +114,16 @@ fn lock_pages(gpu: &Gpu, bytes: usize) -> Result<*mut u8> {
     let mut start: *mut c_void = std::ptr::null_mut();
     // SAFETY: the context is current; the pointer is to a live pointer.
     let code = unsafe { sys::cuMemHostAlloc(&mut start, bytes, sys::CU_MEMHOSTALLOC_PORTABLE) };
+    if code == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+        return Err(Error::Device {
+            what: format!(
+                "cuda:{}: cannot lock {bytes} bytes of host memory: {}",
+                gpu.index(),
+                describe(code)
+            ),
+            hint: "free some host memory, or raise the limit of the container".into(),
+        });
+    }
     gpu.check(code, || format!("locking {bytes} bytes of host memory"))?;
     Ok(start.cast())
 }

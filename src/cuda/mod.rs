@@ -160,10 +160,8 @@ impl Gpu {
         let ask = |attribute| {
             let mut value: c_int = 0;
             // SAFETY: likewise.
-            check(
-                unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device) },
-                "asking its properties",
-            )?;
+            let code = unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device) };
+            check(code, "asking its properties")?;
             Ok::<_, Error>(value as u32)
         };
         let major = ask(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
@@ -318,7 +316,7 @@ fn check(code: sys::CUresult, doing: impl FnOnce() -> String) -> Result<()> {
             images::NVRTC
         ),
         // The context is lost, by this library or by another: nothing works in this process any more.
-        700 | 710 | 714..=719 => "restart the process; CUDA_LAUNCH_BLOCKING=1 shows which launch fails".into(),
+        700 | 702 | 710 | 714..=719 => "restart the process; CUDA_LAUNCH_BLOCKING=1 shows which launch fails".into(),
         900..=908 => "do not call LyCore while a CUDA graph is captured".into(),
         _ => return Err(Error::Backend(what)),
     };

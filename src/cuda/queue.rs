@@ -136,7 +136,7 @@ impl Gpu {
         if context == self.context {
             return Ok(());
         }
-        // A context of the host's own making is fine as long as it is on this device.
+        // Another context of the same device (a green one) shares its memory and kernels; a stream of another device is a mistake.
         let mut device = -1;
         let there = Current::push(context, self.index)?;
         // SAFETY: the pointer is to a live integer; the stream's context is current.
