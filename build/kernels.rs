@@ -134,7 +134,7 @@ impl Nvrtc {
     /// `F` is the type that nvrtc.h gives `name`.
     unsafe fn function<F>(&self, name: &str) -> Result<Symbol<F>> {
         // SAFETY: the caller's promise.
-        unsafe { self.0.get::<F>(name.as_bytes()) }.with_context(|| format!("NVRTC has no {name}"))
+        unsafe { self.0.get::<F>(name) }.with_context(|| format!("NVRTC has no {name}"))
     }
 
     fn version(&self) -> Result<String> {
