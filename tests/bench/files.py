@@ -1,32 +1,17 @@
-"""Adapter files of every algorithm: a module on every weight of a set, random factors as large as trained ones."""
+"""Adapter files with a module on every weight of a set, written fast: some have gigabytes."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import formula
 import torch
+from handmade import Make
 from safetensors.torch import save_file
-
-STD = 0.02
-"""Of the weights' elements."""
-
-
-@dataclass(frozen=True)
-class Noise:
-    """A tensor of normally distributed numbers; with std 0, of one number."""
-
-    shape: tuple[int, ...]
-    std: float
-    mean: float = 0.0
-
-
-Module = Callable[[tuple[int, ...]], dict[str, Noise]]
-"""The tensors of a module by their keys, for a weight of this shape."""
 
 
 @dataclass(frozen=True)
@@ -42,99 +27,9 @@ class File:
         return self.path.stat().st_size / 1e6
 
 
-def lora(rank: int) -> Module:
-    """Adds numbers of about 0.03, whatever the rank."""
-    std = 0.1 * (32 / rank) ** 0.25
-
-    def module(shape: tuple[int, ...]) -> dict[str, Noise]:
-        rows, columns, *kernel = shape
-        ones = (1,) * len(kernel)
-        return {
-            "alpha": number(rank / 2),
-            "lora_down.weight": Noise((rank, columns, *kernel), std),
-            "lora_up.weight": Noise((rows, rank, *ones), std),
-        }
-
-    return module
-
-
-def dora(rank: int, per_output: bool = True) -> Module:
-    """LoRA with a magnitude within some tenths of the norms of W."""
-
-    def module(shape: tuple[int, ...]) -> dict[str, Noise]:
-        rows, columns = shape
-        norm = STD * math.sqrt(columns if per_output else rows)
-        scale = Noise((rows, 1) if per_output else (1, columns), 0.1 * norm, norm)
-        return lora(rank)(shape) | {"dora_scale": scale}
-
-    return module
-
-
-def loha(rank: int) -> Module:
-    def module(shape: tuple[int, ...]) -> dict[str, Noise]:
-        rows, columns = shape
-        std = 0.2 * (32 / rank) ** 0.25
-        halves = {f"hada_w{i}_a": Noise((rows, rank), std) for i in (1, 2)}
-        return {"alpha": number(rank / 2)} | halves | {f"hada_w{i}_b": Noise((rank, columns), std) for i in (1, 2)}
-
-    return module
-
-
-def lokr(factor: int) -> Module:
-    """Both halves whole."""
-
-    def module(shape: tuple[int, ...]) -> dict[str, Noise]:
-        rows, columns = shape
-        return {
-            "lokr_w1": Noise((factor, factor), 0.17),
-            "lokr_w2": Noise((rows // factor, columns // factor), 0.17),
-        }
-
-    return module
-
-
-def full(shape: tuple[int, ...]) -> dict[str, Noise]:
-    return {"diff": Noise(shape, STD)}
-
-
-def ia3(shape: tuple[int, ...]) -> dict[str, Noise]:
-    return {"on_input": number(0.0), "weight": Noise((shape[0], 1), 0.3)}
-
-
-def glora(rank: int) -> Module:
-    def module(shape: tuple[int, ...]) -> dict[str, Noise]:
-        rows, columns = shape
-        shapes = {"a1": (columns, rank), "a2": (rank, columns), "b1": (rows, rank), "b2": (rank, columns)}
-        return {"alpha": number(rank / 2)} | {f"{n}.weight": Noise(size, 0.1) for n, size in shapes.items()}
-
-    return module
-
-
-def oft(block: int) -> Module:
-    """Turns by some tenths; alpha is the constraint, 0 for none."""
-
-    def module(shape: tuple[int, ...]) -> dict[str, Noise]:
-        blocks = Noise((shape[0] // block, block, block), 0.25 / math.sqrt(block))
-        return {"alpha": number(0.0), "oft_blocks": blocks}
-
-    return module
-
-
-def boft(block: int, stages: int) -> Module:
-    def module(shape: tuple[int, ...]) -> dict[str, Noise]:
-        blocks = Noise((stages, shape[0] // block, block, block), 0.25 / math.sqrt(block))
-        return {"alpha": number(0.0), "oft_blocks": blocks}
-
-    return module
-
-
-def number(value: float) -> Noise:
-    return Noise((), 0.0, value)
-
-
 def write(
     path: Path,
-    module: Module,
+    make: Make,
     weights: Mapping[str, torch.Tensor],
     samples: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
@@ -147,7 +42,7 @@ def write(
     device = next(iter(weights.values())).device
     keys = {f"lora_unet_{name.replace('.', '_')}": name for name in weights}
     tensors = {
-        f"{key}.{part}": noise for key, name in keys.items() for part, noise in module(weights[name].shape).items()
+        f"{key}.{part}": noise for key, name in keys.items() for part, noise in make(tuple(weights[name].shape)).items()
     }
     tensors = dict(sorted(tensors.items()))
     sizes = [math.prod(noise.shape) for noise in tensors.values()]

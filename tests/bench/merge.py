@@ -22,6 +22,7 @@ TESTS = HERE.parent / "python"
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "plugin"), str(TESTS), str(TESTS / "oracles")]
 
 import files
+import handmade
 import peers
 import torch
 from measure import Ratio, Row, Table, Weights
@@ -31,19 +32,19 @@ import lycore
 
 RANK = 32
 RANKS = (1, 4, 7, 8, 12, 16, 24, 32, 64, 128, 256)
-# By algorithm: the module, and what a change of strength may take, in copies.
-ALGORITHMS: dict[str, tuple[files.Module, float]] = {
-    "LoRA, rank 32": (files.lora(32), 1.25),
-    "LoRA, rank 128": (files.lora(128), 1.6),
-    "LoHa, rank 32": (files.loha(32), 1.5),
-    "LoKr, factor 8": (files.lokr(8), 1.5),
-    "full": (files.full, 1.5),
-    "(IA)^3": (files.ia3, 1.5),
-    "GLoRA, rank 32": (files.glora(32), 2.2),
-    "DoRA, rank 32, per output": (files.dora(32), 2.2),
-    "DoRA, rank 32, per input": (files.dora(32, per_output=False), 2.2),
-    "OFT, blocks of 8": (files.oft(8), 3.0),
-    "BOFT, 4 stages of blocks of 8": (files.boft(8, 4), 3.0),
+# By algorithm: its module, and what a change of strength may take, in copies.
+ALGORITHMS: dict[str, tuple[handmade.Make, float]] = {
+    "LoRA, rank 32": (handmade.lora(32), 1.25),
+    "LoRA, rank 128": (handmade.lora(128), 1.6),
+    "LoHa, rank 32": (handmade.loha(32), 1.5),
+    "LoKr, factor 8": (handmade.lokr(8), 1.5),
+    "full": (handmade.full, 1.5),
+    "(IA)^3": (handmade.ia3(False), 1.5),
+    "GLoRA, rank 32": (handmade.glora(32), 2.2),
+    "DoRA, rank 32, per output": (handmade.dora(handmade.lora(32), True), 2.2),
+    "DoRA, rank 32, per input": (handmade.dora(handmade.lora(32), False), 2.2),
+    "OFT, blocks of 8": (handmade.oft(8), 3.0),
+    "BOFT, 4 stages of blocks of 8": (handmade.boft(8, 4), 3.0),
 }
 BACKUPS = {"device": 1.6, "host": None, "compact": 1.8}
 
@@ -77,7 +78,7 @@ def made(model: str, device: str, dtype: torch.dtype) -> Weights:
     generator = torch.Generator(device).manual_seed(0)
     live = {}
     for name, shape in attention_set(model):
-        live[name] = (torch.randn(shape, device=device, generator=generator) * files.STD).to(dtype)
+        live[name] = (torch.randn(shape, device=device, generator=generator) * handmade.BASE_STD).to(dtype)
     return Weights(live)
 
 
@@ -114,10 +115,10 @@ class Bench:
 
     def all_algorithms(self) -> None:
         self.table.add_copy("copy", "copy of every weight (the limit)", self.weights.copying())
-        self.loras = [self.file(files.lora(RANK)) for _ in range(5)]
+        self.loras = [self.file(handmade.lora(RANK)) for _ in range(5)]
         peers.addmm(self.table, self.weights, self.loras)
-        for name, (module, limit) in ALGORITHMS.items():
-            self.algorithm(name, module, limit)
+        for name, (make, limit) in ALGORITHMS.items():
+            self.algorithm(name, make, limit)
         self.stack("5 LoRAs, rank 32", self.loras, 1.5)
         for backup, limit in BACKUPS.items():
             self.stack(f"LoRA, rank 32, backup in mode {backup}", self.loras[:1], limit, backup=backup)
@@ -129,22 +130,22 @@ class Bench:
 
     def lora_alone(self) -> None:
         self.table.add_copy("copy", "copy of every weight (the limit)", self.weights.copying())
-        self.loras = [self.file(files.lora(RANK)) for _ in range(5)]
+        self.loras = [self.file(handmade.lora(RANK)) for _ in range(5)]
         peers.addmm(self.table, self.weights, self.loras)
         for count in (1, 5):
             self.stack(f"{count} LoRA{'s' * (count > 1)}", self.loras[:count])
         self.ratios()
 
-    def file(self, module: files.Module, weights: Weights | None = None) -> files.File:
+    def file(self, make: handmade.Make, weights: Weights | None = None) -> files.File:
         """A new file, with the numbers of its own seed."""
         self.written += 1
         host, path = weights or self.weights, self.folder / f"{self.written}.safetensors"
         dtype = next(iter(self.weights.live.values())).dtype
-        return files.write(path, module, host.live, host.samples, dtype, self.written)
+        return files.write(path, make, host.live, host.samples, dtype, self.written)
 
-    def algorithm(self, name: str, module: files.Module, limit: float) -> None:
+    def algorithm(self, name: str, make: handmade.Make, limit: float) -> None:
         if self.table.wants(*(f"LyCore: {row}, {name}" for row in Steps.ROWS)):
-            file = self.file(module)
+            file = self.file(make)
             self.stack(name, [file], limit)
             file.path.unlink()
 
@@ -213,7 +214,7 @@ class Bench:
             what = f"rank {rank}"
             if not self.table.wants(table, what):
                 continue
-            file = self.file(files.lora(rank))
+            file = self.file(handmade.lora(rank))
             try:
                 row = Steps(self.table, self.weights, [file], {}).change(what)
             except Exception as problem:
