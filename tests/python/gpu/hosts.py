@@ -43,6 +43,13 @@ SHAPES: dict[str, tuple[int, ...]] = {
 """No multiples of what kernels like: rows of 16, columns of 8 and 32; a single row, a single column, several tiles."""
 
 
+EACH_FORM = (
+    *("lora-r7", "lora-r16", "lora-core", "loha", "lokr", "lokr-low-2", "full", "ia3-out", "ia3-in", "glora-r7"),
+    *("dora-lora-out", "dora-lora-in", "dora-lokr-in", "oft-4-rescaled", "boft-4-4", "peft-oft", "peft-boft", "set"),
+)
+"""One file for every primitive of the executors and each of their axes."""
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -142,7 +149,7 @@ class Host:
             weight, memory = self.live[name], self.memory[name]
             outside = torch.ones(memory.numel(), dtype=torch.bool, device=memory.device)
             outside.as_strided(weight.shape, weight.stride(), weight.storage_offset()).fill_(False)
-            if not same_bits(memory.reshape(-1)[outside], before.reshape(-1)[outside]):
+            if not torch.equal(integers(memory).reshape(-1)[outside], integers(before).reshape(-1)[outside]):
                 return False
         return True
 
@@ -156,8 +163,11 @@ class Host:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """-0 and 0 differ here, and a NaN equals itself."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}[a.element_size()]
-    return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
+    return torch.equal(integers(a), integers(b))
+
+
+def integers(values: torch.Tensor) -> torch.Tensor:
+    return values.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[values.element_size()])
 
 
 class Adapter:
@@ -207,7 +217,7 @@ def stack_on(host: Host, **options: object) -> Iterator[lycore.Stack]:
     except (TypeError, lycore.ArgumentError, lycore.DtypeError, lycore.UnsupportedError) as problem:
         if options.keys() <= {"aliases"} and not any(w.dtype in FP8 for w in host.live.values()):
             raise
-        pytest.skip(f"this Stack refuses {options or 'fp8'}: {problem}")
+        pytest.skip(f"this Stack refuses {', '.join(options) or 'fp8'}: {problem}")
     with stack:
         yield stack
     assert host.intact(), "the base again, bit for bit"
