@@ -1,8 +1,0 @@
-"""The formulas of the oracles' tests are those of the GPU too."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "oracles"))
