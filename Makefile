@@ -90,7 +90,7 @@ test-python: lib small
 
 # On a machine with a GPU; without one every test in it says "skipped: no GPU".
 test-gpu: lib small
-	$(PY) -m pytest -q -rs tests/python/test_gpu.py
+	$(PY) -m pytest -q -rs tests/python/gpu
 	$(WITH_TORCH) tests/c/run.sh target/release --cuda
 
 bench: lib small

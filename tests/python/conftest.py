@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ROOT / "plugin"
 sys.path.insert(0, str(PLUGIN))
+# The formulas of the oracles' tests are those of the tests on a GPU too.
+sys.path.append(str(ROOT / "tests" / "python" / "oracles"))
 
 import lycore  # noqa: E402 - after the path
 

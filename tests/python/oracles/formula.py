@@ -49,7 +49,13 @@ SPELLINGS = {
     # Last: the ends of others end like it.
     ".weight": "weight",
 }
-FORMATS = {torch.float32: (24, -149), torch.float16: (11, -24), torch.bfloat16: (8, -133)}
+FORMATS = {
+    torch.float32: (24, -149),
+    torch.float16: (11, -24),
+    torch.bfloat16: (8, -133),
+    torch.float8_e4m3fn: (4, -9),
+    torch.float8_e5m2: (3, -16),
+}
 """By dtype: bits of the significand, and the exponent of the smallest number above 0."""
 
 
@@ -104,6 +110,13 @@ class OfBias:
 
     def size(self, bias: torch.Tensor, strength: float) -> numpy.ndarray:
         return self.change.size_in_bias(bias, strength)
+
+
+def parts_of(change: Change, weight: str, weights: Mapping[str, Any]) -> list[tuple[str, Change | OfBias]]:
+    """The weight and the bias that a module changes, with what it does to each."""
+    bias = weight.removesuffix("weight") + "bias"
+    changed = bias in weights and change.added_to_bias(weights[bias], 1.0) is not None
+    return [(weight, change)] * change.on_weight + [(bias, OfBias(change))] * changed
 
 
 def read(path: Path, config: Mapping[str, Any] | None = None) -> dict[str, Change]:
@@ -247,12 +260,12 @@ class Tally:
         """Correctly rounded elements of all."""
         return self.equal / self.elements
 
-    def check(self) -> None:
-        """Fails with the list of what is off."""
+    def check(self, share: float | None = None) -> None:
+        """Fails with the list of what is off. `share`, if not `SHARE`, of the elements must be correctly rounded."""
         print(self)
         assert self.elements >= 10_000, "too few elements to speak of a share"
         assert not self.problems, f"{self}: {'; '.join(self.problems[:10])}"
-        assert self.dtype == torch.float32 or self.share >= SHARE, str(self)
+        assert self.dtype == torch.float32 or self.share >= (SHARE if share is None else share), str(self)
 
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from formula import parts_of
 from lycoris import create_lycoris_from_weights
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
@@ -39,13 +40,6 @@ def weights_of(model: torch.nn.Module, prefix: str = "") -> dict[str, torch.Tens
 def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Also biases and the weights of norms."""
     return {name: p.detach() for name, p in model.named_parameters()}
-
-
-def parts_of(change: formula.Change, weight: str, weights) -> list[tuple[str, formula.Change | formula.OfBias]]:
-    """The weight and the bias that a module changes, with what it does to each."""
-    bias = weight.removesuffix("weight") + "bias"
-    changed = bias in weights and change.added_to_bias(weights[bias], 1.0) is not None
-    return [(weight, change)] * change.on_weight + [(bias, formula.OfBias(change))] * changed
 
 
 def merged_like_the_formula(weights, dtype, path, changes, target_of, strengths=STRENGTHS) -> None:
