@@ -82,7 +82,7 @@ extern __shared__ uint4 shared[];
 
 // How far ahead tiles and factors are copied. src/merge/cuda/launch.rs counts the bytes too.
 template <u32 DTYPE>
-constexpr int STAGES = SIZE<DTYPE> == 4 ? 3 : 4;
+constexpr int STAGES = 3;
 
 // The up factors are kept behind the ring.
 template <u32 DTYPE, u32 BLOCKS>
@@ -166,6 +166,8 @@ __device__ __forceinline__ void merge_full(const Target* targets, const Term* al
         asm volatile("" ::: "memory");
       }
     }
+    // Without terms the weight is copied.
+    if (!waited) reader.next();
 #pragma unroll
     for (int n = 0; n < 4; n++) {
       write_eight<DTYPE>(eights[n][threadIdx.x], total, 1.0f, n / 2, n % 2, target, place.row_of(n), place.column_of(n));
@@ -230,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* ta
   }
 // The number is how many blocks' registers a multiprocessor shall have room for.
 #define MERGE(name, dtype)                              \
-  MERGE_AS(name, 4, merge_products<dtype>)                 \
+  MERGE_AS(name, 3, merge_products<dtype>)                 \
   MERGE_AS(name##_plain, 4, (merge_full<dtype, false>))    \
   MERGE_AS(name##_full, 3, (merge_full<dtype, true>))
 

@@ -140,6 +140,27 @@ impl View {
         self.shape.iter().product()
     }
 
+    /// The part of a view that these rows and columns of its matrix are; `None` when the columns are no range of the second axis.
+    pub fn region(&self, rows: std::ops::Range<usize>, cols: std::ops::Range<usize>) -> Option<View> {
+        let mut part = self.clone();
+        let mut offset = 0;
+        let taps: usize = self.shape.iter().skip(2).product();
+        for (axis, range) in [(0, rows), (1, cols.start / taps.max(1)..cols.end / taps.max(1))] {
+            let Some(&size) = self.shape.get(axis) else { continue };
+            if range.start > range.end || range.end > size {
+                return None;
+            }
+            offset += range.start * self.strides[axis];
+            part.shape[axis] = range.len();
+        }
+        let offset = dtype::byte_len(self.dtype, &[offset])?;
+        if part.count() > 0 {
+            // SAFETY: the first element of the part is one that shape and strides reach.
+            part.data = unsafe { self.data.add(offset) };
+        }
+        Some(part)
+    }
+
     /// Bytes that the elements take when packed.
     pub fn byte_len(&self) -> usize {
         dtype::byte_len(self.dtype, &self.shape).unwrap_or(0)

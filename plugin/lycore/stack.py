@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ._binding import (
+    LYCORE_BACKUP_AUTO,
     LYCORE_BACKUP_DEVICE,
     LYCORE_BACKUP_HOST,
     lycore_applied,
@@ -28,7 +29,7 @@ Tensor = TypeVar("Tensor")
 Slice = tuple[int, int, int]
 """(axis, first index, number of indices): a range of rows (axis 0) or of input channels (axis 1) of a weight."""
 
-_BACKUPS = {"device": LYCORE_BACKUP_DEVICE, "host": LYCORE_BACKUP_HOST}
+_BACKUPS = {"auto": LYCORE_BACKUP_AUTO, "device": LYCORE_BACKUP_DEVICE, "host": LYCORE_BACKUP_HOST}
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,9 @@ class Stack(Closable):
     `weights` are [out, in] or [out, in / groups, kernel..], under the host's own names: a mapping of names to torch
     tensors (CPU or CUDA; float32, float16, bfloat16) or writable numpy arrays, or a torch.nn.Module, of which every
     floating-point parameter is taken, biases and norms too. Their memory is used in place and kept alive; do not move
-    a model while a stack is on it. `backup` says where the pristine copies are kept: on the weights' "device" or on
-    the "host". `aliases` maps spellings of adapter files to a weight's name, or to (name, axis, start, length) for a
+    a model while a stack is on it. `backup` says where the pristine copies are kept: on the weights' "device", on
+    the "host", or "auto": on the device where there is room; `info` says which and why. With `self_check` every weight
+    that is restored is compared with a checksum of what it was. `aliases` maps spellings of adapter files to a weight's name, or to (name, axis, start, length) for a
     part of it, and wins over the built-in rules. An adapter made for another family of models is refused by `add`,
     unless all of it fits or `other_families` is true.
 
@@ -114,21 +116,26 @@ class Stack(Closable):
         self,
         weights: Mapping[str, Any] | Any,
         *,
-        backup: str = "device",
+        backup: str = "auto",
+        self_check: bool = False,
         aliases: Mapping[str, str | tuple[str, int, int, int]] | None = None,
         other_families: bool = False,
     ):
         if backup not in _BACKUPS:
-            raise ArgumentError(f"backup is {backup!r}, it must be 'device' or 'host'.")
+            raise ArgumentError(f"backup is {backup!r}, it must be 'auto', 'device' or 'host'.")
         self._weights: dict[str, tuple[Descriptor, Any]] = {}
         for name, weight in _named(weights):
             # The alias without a graph keeps the memory if the host gives its parameter another.
             held = weight.detach() if is_torch(weight) else weight
             self._weights[name] = (Descriptor(held, name, writable=True), weight)
+        # Asked before every merge of what may be a thousand weights: only what is needed for the question.
+        self._addresses = [(w.data_ptr, d.c.data or 0) for d, w in self._weights.values() if is_torch(w)]
         cuda = [d.cuda_index for d, _ in self._weights.values() if d.cuda_index is not None]
         self._cuda_index: int | None = cuda[0] if cuda else None
         library = library_for(self._cuda_index)
         self._owner: Owned | None = library.new("lycore_stack_new", "lycore_stack_free", _BACKUPS[backup])
+        if self_check:
+            self._call("lycore_stack_self_check", 1)
         if other_families:
             self._call("lycore_stack_allow_other_families", 1)
         for name, (descriptor, _) in self._weights.items():
@@ -179,6 +186,13 @@ class Stack(Closable):
         """
         self._call("lycore_stack_restore", self._stream())
 
+    def info(self) -> dict[str, Any]:
+        """How the stack works: "device", "executor" ("kernels", "libtorch" or "cpu"), "backup" with its "mode", "why",
+        "weights" and "bytes" (None before the first apply).
+        """
+        owner = self._handle()
+        return json.loads(owner.library.text("lycore_stack_info", owner))
+
     def forward(
         self,
         name: str,
@@ -209,14 +223,16 @@ class Stack(Closable):
         if self._owner is not None:
             self.restore()
             self._owner = None
-            self._weights = {}
+            self._weights, self._addresses = {}, []
 
     def _stream(self) -> int | None:
         return stream_of(self._handle().library.build.links_torch, self._cuda_index)
 
     def _check_memory(self) -> None:
+        if all(address() == known for address, known in self._addresses):
+            return
         for name, (descriptor, weight) in self._weights.items():
-            if is_torch(weight) and weight.data_ptr() != descriptor.c.data:
+            if is_torch(weight) and weight.data_ptr() != (descriptor.c.data or 0):
                 what = f"`{name}` has other memory than when the stack was made."
                 raise ArgumentError(what, hint="make a new stack after moving or replacing a weight", key=name)
 

@@ -58,7 +58,7 @@ pub unsafe extern "C" fn lycore_checkpoint_merge(
             let (base, output) = (Path::new(base), Path::new(output));
             let job = Job { base, adapters: &list, output, dtype, device, other_families };
             let done = progress::with(progress, |progress| {
-                in_scope(device, std::ptr::null_mut(), || Ok(checkpoint::merge(&job, progress)?))
+                in_scope(device, std::ptr::null_mut(), |_| Ok(checkpoint::merge(&job, progress)?))
             })?;
             if let Some(report) = report.as_mut() {
                 *report = handle::new_text(c_text(&done.to_string()));

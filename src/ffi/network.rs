@@ -212,7 +212,7 @@ pub unsafe extern "C" fn lycore_network_forward(
             let (x, y) = (view(x, "x")?, view(y, "y")?);
             training! {
                 on_network(network, |n| {
-                    in_scope(y.device(), stream, || Ok(n.network.forward(index as usize, &blob(&x)?, &blob(&y)?)?))
+                    in_scope(y.device(), stream, |_| Ok(n.network.forward(index as usize, &blob(&x)?, &blob(&y)?)?))
                 })
             }
         })
@@ -244,7 +244,7 @@ pub unsafe extern "C" fn lycore_network_backward(
             };
             training! {
                 on_network(network, |n| {
-                    in_scope(x.device(), stream, || {
+                    in_scope(x.device(), stream, |_| {
                         let grad_x = grad_x.as_ref().map(blob).transpose()?;
                         Ok(n.network.backward(index as usize, &blob(&x)?, &blob(&grad_y)?, grad_x.as_ref())?)
                     })
@@ -273,7 +273,7 @@ pub unsafe extern "C" fn lycore_network_step(
                 boundary::sized(out, "out")?;
             }
             training! {
-                let step = on_network(network, |n| in_scope(n.device, stream, || Ok(n.network.step()?)))?;
+                let step = on_network(network, |n| in_scope(n.device, stream, |_| Ok(n.network.step()?)))?;
                 if let Some(out) = out.as_mut() {
                     out.step = step.step;
                     out.learning_rate = step.learning_rate;
@@ -300,7 +300,7 @@ pub unsafe extern "C" fn lycore_network_zero_gradients(
     unsafe {
         boundary::run(error, || {
             training! {
-                on_network(network, |n| in_scope(n.device, stream, || Ok(n.network.zero_gradients()?)))
+                on_network(network, |n| in_scope(n.device, stream, |_| Ok(n.network.zero_gradients()?)))
             }
         })
     }
@@ -357,7 +357,7 @@ pub unsafe extern "C" fn lycore_network_refresh(
     unsafe {
         boundary::run(error, || {
             training! {
-                on_network(network, |n| in_scope(n.device, stream, || Ok(n.network.refresh()?)))
+                on_network(network, |n| in_scope(n.device, stream, |_| Ok(n.network.refresh()?)))
             }
         })
     }

@@ -10,10 +10,11 @@ use super::tensor::{in_scope, lycore_slice, lycore_tensor, slice, view};
 use crate::algo::{self, Group};
 use crate::error::Error;
 use crate::merge::bypass::Geometry;
-use crate::merge::ops::{Op, Region, Term};
+use crate::merge::ops::{Op, Region, Storage, Term};
 use crate::merge::plan::Strengths;
 use crate::merge::restore::BackupPlace;
 use crate::merge::stack::Stack;
+use crate::merge::Work;
 use crate::view::{Slice, Tensor};
 use parking_lot::Mutex;
 use std::ffi::{c_char, c_void};
@@ -28,6 +29,8 @@ pub struct lycore_stack {
 pub const LYCORE_BACKUP_DEVICE: i32 = 0;
 /// Keep the pristine weights in host memory.
 pub const LYCORE_BACKUP_HOST: i32 = 1;
+/// Keep them on the device where there is room for them, else in host memory; lycore_stack_info says which and why.
+pub const LYCORE_BACKUP_AUTO: i32 = 2;
 
 /// The user's numbers for one adapter. 1 is the usual strength, 0 is none, negative ones are allowed.
 #[repr(C)]
@@ -147,7 +150,8 @@ fn on_stack<T>(stack: *const lycore_stack, work: impl FnOnce(&mut Stack) -> Outc
     work(&mut stack)
 }
 
-/// A new stack without weights and adapters. `backup` is LYCORE_BACKUP_DEVICE or LYCORE_BACKUP_HOST.
+/// A new stack without weights and adapters. `backup` is LYCORE_BACKUP_DEVICE, LYCORE_BACKUP_HOST or
+/// LYCORE_BACKUP_AUTO.
 ///
 /// # Safety
 /// `out` may be written. `error` is NULL or may be written.
@@ -164,9 +168,11 @@ pub unsafe extern "C" fn lycore_stack_new(
             let place = match backup {
                 LYCORE_BACKUP_DEVICE => BackupPlace::Device,
                 LYCORE_BACKUP_HOST => BackupPlace::Host,
+                LYCORE_BACKUP_AUTO => BackupPlace::Auto,
                 other => {
-                    let message =
-                        format!("`backup` is {other}, it must be LYCORE_BACKUP_DEVICE or LYCORE_BACKUP_HOST");
+                    let message = format!(
+                        "`backup` is {other}, it must be LYCORE_BACKUP_DEVICE, LYCORE_BACKUP_HOST or LYCORE_BACKUP_AUTO"
+                    );
                     return Err(Failure::boundary(LYCORE_BAD_ARGUMENT, message));
                 }
             };
@@ -241,6 +247,52 @@ pub unsafe extern "C" fn lycore_stack_allow_other_families(
                 stack.allow_other_families(allow != 0);
                 Ok(())
             })
+        })
+    }
+}
+
+/// Whether every weight that gets its base back is compared with a checksum that was taken before it was first changed (`on` not 0; off by
+/// default). A difference is LYCORE_BACKEND with the names: something else wrote the weight or its copy. Costs a read of every changed weight, and
+/// the calls wait for it. Takes effect with the next copies.
+///
+/// # Safety
+/// `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_stack_self_check(
+    stack: *mut lycore_stack,
+    on: i32,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            on_stack(stack, |stack| {
+                stack.self_check(on != 0);
+                Ok(())
+            })
+        })
+    }
+}
+
+/// What the stack holds and how it works, as JSON: {"device": "cuda:0", "executor": "kernels", "libtorch" or "cpu", "targets": n, "adapters": n,
+/// "backup": null before the first apply, else {"mode": "device" or "host", "why": text, "weights": n, "bytes": n}, "self_check": bool}.
+/// `json` becomes a text that the caller frees with lycore_text_free.
+///
+/// # Safety
+/// `json` may be written. `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_stack_info(
+    stack: *mut lycore_stack,
+    json: *mut *mut c_char,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            let json = boundary::out(json, "json")?;
+            let info = on_stack(stack, |stack| Ok(stack.info()))?;
+            *json = handle::new_text(c_text(&info.to_string()));
+            Ok(())
         })
     }
 }
@@ -326,7 +378,7 @@ pub unsafe extern "C" fn lycore_stack_apply(
             }
             let done = on_stack(stack, |stack| {
                 progress::with(progress, |progress| {
-                    in_scope(stack.device(), stream, || Ok(stack.apply(progress)?))
+                    in_scope(stack.device(), stream, |stream| Ok(stack.apply(stream, progress)?))
                 })
             })?;
             if let Some(applied) = applied.as_mut() {
@@ -351,7 +403,7 @@ pub unsafe extern "C" fn lycore_stack_restore(
     // SAFETY: the caller's promises.
     unsafe {
         boundary::run(error, || {
-            on_stack(stack, |stack| in_scope(stack.device(), stream, || Ok(stack.restore()?)))
+            on_stack(stack, |stack| in_scope(stack.device(), stream, |stream| Ok(stack.restore(stream)?)))
         })
     }
 }
@@ -381,7 +433,7 @@ pub unsafe extern "C" fn lycore_stack_forward(
             let (target, geometry) = (boundary::text(target, "target")?, self::geometry(geometry)?);
             let (x, y) = (view(x, "x")?, view(y, "y")?);
             on_stack(stack, |stack| {
-                in_scope(y.device(), stream, || Ok(stack.forward(target, &geometry, &x, &y)?))
+                in_scope(y.device(), stream, |_| Ok(stack.forward(target, &geometry, &x, &y)?))
             })
         })
     }
@@ -450,8 +502,10 @@ pub unsafe extern "C" fn lycore_weight_merge(
                     ops.iter().map(|op| Term { op, strength: *strength, slice: *slice })
                 })
                 .collect();
-            in_scope(weight.device(), stream, || {
-                Ok(crate::merge::merge(name, &weight, &weight, &terms, &mut Default::default())?)
+            in_scope(weight.device(), stream, |stream| {
+                let (base, out, storage) = (&weight, &weight, Storage::default());
+                let job = Work { name, base, out, storage, terms: &terms, pristine: None };
+                Ok(crate::merge::merge(stream, &job, &mut Default::default())?)
             })
         })
     }

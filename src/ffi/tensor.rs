@@ -189,22 +189,26 @@ pub(super) fn describe(view: &View, shape: &mut [i64], strides: &mut [i64]) -> l
     }
 }
 
-/// Runs `work` in the libtorch state that this library's promises need: exact fp32 products, no autocast, and the caller's stream when the
-/// tensor is on a GPU and a stream is given.
+/// Runs `work` in the libtorch state that this library's promises need (exact fp32 products, no autocast, the caller's stream) and with the
+/// stream that work on a GPU goes to: the caller's, or for NULL libtorch's current one; without libtorch the legacy default stream.
 pub(super) fn in_scope<T>(
     device: Device,
     stream: *mut c_void,
-    work: impl FnOnce() -> Outcome<T>,
+    work: impl FnOnce(crate::cuda::Stream) -> Outcome<T>,
 ) -> Outcome<T> {
     #[cfg(feature = "torch")]
-    let _scope = {
+    let (_scope, stream) = {
         use crate::torch_ext::{Scope, Stream};
         match device {
-            Device::Cuda(device) => Scope::open(Some(Stream { device, handle: stream }))?,
-            Device::Cpu => Scope::open(None)?,
+            Device::Cuda(device) => {
+                let scope = Scope::open(Some(Stream { device, handle: stream }))?;
+                let stream = scope.stream();
+                (scope, stream)
+            }
+            Device::Cpu => (Scope::open(None)?, stream),
         }
     };
-    #[cfg(not(feature = "torch"))]
-    let _ = (device, stream);
-    work()
+    let _ = device;
+    // SAFETY: the caller's stream, which it keeps at least until the call has returned.
+    work(unsafe { crate::cuda::Stream::from_raw(stream) })
 }

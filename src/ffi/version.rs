@@ -76,17 +76,16 @@ fn capabilities() -> serde_json::Value {
     })
 }
 
-#[cfg(feature = "torch")]
+/// Merging asks the driver alone; training, and merging without kernels, asks libtorch.
 fn cuda() -> serde_json::Value {
-    match crate::torch_ext::require_cuda() {
-        Ok(()) => json!({"devices": tch::Cuda::device_count()}),
+    let devices = crate::cuda::devices();
+    #[cfg(feature = "torch")]
+    let devices = devices
+        .or_else(|_| crate::torch_ext::require_cuda().map(|()| tch::Cuda::device_count().max(0) as usize));
+    match devices {
+        Ok(devices) => json!({"devices": devices}),
         Err(e) => json!({"devices": 0, "why": format!("{e}; {}", e.hint())}),
     }
-}
-
-#[cfg(not(feature = "torch"))]
-fn cuda() -> serde_json::Value {
-    json!({"devices": 0, "why": "this is the build without libtorch"})
 }
 
 #[cfg(test)]

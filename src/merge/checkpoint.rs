@@ -2,11 +2,12 @@
 //!
 //! Memory: the largest touched tensor, its factors, and a block of rows per thread, whatever the size of the file.
 
-use super::ops::Term;
+use super::ops::{Storage, Term};
 use super::plan::{Binding, Bound, Rules, Strengths};
-use super::Prepared;
+use super::{Prepared, Work};
 use crate::adapter::safetensors::{Entry, File, Writer};
 use crate::adapter::Adapter;
+use crate::cuda::Stream;
 use crate::dtype::{self, Dtype, Float};
 use crate::error::{Error, Result};
 use crate::names::Index;
@@ -169,7 +170,15 @@ fn merged(
     let from = if shape == entry.shape { from } else { padded(&from, shape).ok_or_else(impossible)? };
     // SAFETY: the view shows `bytes`, which is neither moved nor touched until the merge is done.
     let out = unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, to, shape, None)? };
-    super::merge_on(device, &entry.name, &from, &out, terms, prepared)?;
+    let job = Work {
+        name: &entry.name,
+        base: &from,
+        out: &out,
+        storage: Storage::default(),
+        terms,
+        pristine: None,
+    };
+    super::merge_all(device, Stream::default(), &[job], prepared, &mut Progress::none())?;
     Ok(bytes)
 }
 

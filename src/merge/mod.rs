@@ -1,8 +1,10 @@
-//! Primitives to weights: what to do (`ops`, `plan`), who does it (`cpu`, `torch`), and how to take it back (`restore`).
+//! Primitives to weights: what to do (`ops`, `plan`), who does it (`cpu`, `cuda`, `torch`), and how to take it back (`restore`).
 
 pub mod bypass;
 pub mod checkpoint;
+mod checksum;
 pub mod cpu;
+pub mod cuda;
 pub mod gemm;
 pub mod ops;
 pub mod plan;
@@ -12,25 +14,80 @@ pub mod stack;
 pub mod torch;
 mod whole;
 
+use crate::cuda::{Gpu, Stream};
 use crate::error::{Error, Result};
+use crate::progress::Progress;
 use crate::view::{Device, View};
 
 /// Where prepared factors wait between two merges: on a device they are worth keeping, in host memory they are where the file is.
 #[derive(Default)]
 pub struct Prepared {
+    cuda: cuda::Kept,
     #[cfg(feature = "torch")]
     torch: torch::Factors,
 }
 
-/// `out = base + sum of terms`, computed where `out` is.
-pub fn merge(
-    name: &str,
-    base: &View,
-    out: &View,
-    terms: &[ops::Term<'_>],
+/// One weight to merge: `out = base + sum of terms`.
+pub struct Work<'a> {
+    /// For errors.
+    pub name: &'a str,
+    /// The pristine weight.
+    pub base: &'a View,
+    /// Where the result goes: the same shape; the same memory, or none of it.
+    pub out: &'a View,
+    /// How it lies in memory.
+    pub storage: ops::Storage,
+    /// What to add.
+    pub terms: &'a [ops::Term<'a>],
+    /// Names the content of `base`: what is computed from it is kept for as long as the number is the same. `None`: it is not kept.
+    pub pristine: Option<u64>,
+}
+
+/// `out = base + sum of terms` for every job, computed on `device`, wherever the two are. On a GPU the work is enqueued on `stream`.
+/// Progress counts jobs.
+pub fn merge_all(
+    device: Device,
+    stream: Stream,
+    jobs: &[Work<'_>],
     prepared: &mut Prepared,
+    progress: &mut Progress<'_>,
 ) -> Result<()> {
-    merge_on(out.device(), name, base, out, terms, prepared)
+    jobs.iter().try_for_each(|job| check_target(job.name, job.out))?;
+    let total = jobs.len() as u64;
+    progress.at(0, total)?;
+    let Device::Cuda(index) = device else {
+        for (done, job) in jobs.iter().enumerate() {
+            progress.at(done as u64, total)?;
+            cpu::merge(job.name, job.base, job.out, job.terms)?;
+        }
+        return progress.at(total, total);
+    };
+    match fused(index) {
+        Ok(gpu) => {
+            gpu.on(stream, |queue| cuda::merge_from_anywhere(queue, jobs, &mut prepared.cuda, progress))?
+        }
+        #[cfg(feature = "torch")]
+        Err(_) => {
+            for (done, job) in jobs.iter().enumerate() {
+                progress.at(done as u64, total)?;
+                torch::merge(index, job.name, job.base, job.out, job.terms, &mut prepared.torch)?;
+            }
+        }
+        #[cfg(not(feature = "torch"))]
+        Err(e) => return Err(e),
+    }
+    progress.at(total, total)
+}
+
+/// As [`merge_all`] for one job, where its result is.
+pub fn merge(stream: Stream, job: &Work<'_>, prepared: &mut Prepared) -> Result<()> {
+    merge_all(job.out.device(), stream, std::slice::from_ref(job), prepared, &mut Progress::none())
+}
+
+/// The device, if this library has kernels for it; else why not. With libtorch, that is asked instead.
+pub fn fused(index: usize) -> Result<&'static Gpu> {
+    crate::cuda::devices()?;
+    crate::cuda::gpu(index)
 }
 
 /// A weight that can be written: two threads would meet in an element that two indices reach.
@@ -41,28 +98,6 @@ pub fn check_target(name: &str, weight: &View) -> Result<()> {
             format!("`{name}` is an expanded tensor: strides {:?} repeat elements", weight.strides()),
             "call .contiguous() on it, and use the result in the model",
         )),
-    }
-}
-
-/// `out = base + sum of terms`, computed on `device`, wherever the two are.
-pub fn merge_on(
-    device: Device,
-    name: &str,
-    base: &View,
-    out: &View,
-    terms: &[ops::Term<'_>],
-    prepared: &mut Prepared,
-) -> Result<()> {
-    check_target(name, out)?;
-    match device {
-        Device::Cpu => cpu::merge(name, base, out, terms),
-        #[cfg(feature = "torch")]
-        Device::Cuda(index) => torch::merge(index, name, base, out, terms, &mut prepared.torch),
-        #[cfg(not(feature = "torch"))]
-        Device::Cuda(_) => {
-            let _ = (base, out, terms, prepared);
-            Err(no_cuda(name))
-        }
     }
 }
 
@@ -91,7 +126,9 @@ pub fn forward(
 #[cfg(not(feature = "torch"))]
 fn no_cuda(name: &str) -> Error {
     Error::Device {
-        what: format!("`{name}` is in GPU memory, which this build of the library cannot reach"),
-        hint: "use the build with libtorch, or move the tensor to the CPU".into(),
+        what: format!(
+            "`{name}` is in GPU memory, where this build of the library can merge but run no layer"
+        ),
+        hint: "use the build with libtorch, or merge instead of the bypass".into(),
     }
 }

@@ -272,6 +272,34 @@ impl Stage {
     }
 }
 
+/// How a weight lies in memory: its real value is `scale` times the stored number; how a result is rounded into it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Storage {
+    /// 1 for all but scaled 8-bit weights.
+    pub scale: f32,
+    /// Of the result.
+    pub rounding: Rounding,
+}
+
+impl Default for Storage {
+    fn default() -> Self {
+        Storage { scale: 1.0, rounding: Rounding::Nearest }
+    }
+}
+
+/// How a result is rounded into its weight's dtype.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Rounding {
+    /// To nearest even.
+    #[default]
+    Nearest,
+    /// Up with the probability of the distance, for 8-bit weights; others are rounded to nearest.
+    Stochastic {
+        /// The same seed gives the same bits.
+        seed: u32,
+    },
+}
+
 /// One op at one strength on all of a target or on a slice of it.
 #[derive(Debug, Clone, Copy)]
 pub struct Term<'a> {
@@ -284,7 +312,7 @@ pub struct Term<'a> {
 }
 
 /// The part of a weight that a slice names, as a shape and in the weight's matrix.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Region {
     /// Shape of the part.
     pub shape: Vec<usize>,

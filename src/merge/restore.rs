@@ -1,11 +1,17 @@
-//! The pristine copy of a weight. Every change of strengths starts from it, so nothing accumulates and restore is exact to the bit.
+//! The pristine copies of weights. Every change of strengths starts from them, so nothing accumulates and restore is exact to the bit.
 
+use super::cuda;
+use crate::cuda::{Buffer, Gpu, Pinned, Queue, Stream};
 use crate::error::{Error, Result};
 use crate::view::{Device, Rows, View};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 
 /// Where the copies are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackupPlace {
+    /// On the device where there is room, else in host memory.
+    Auto,
     /// Beside the weight: fastest, takes the size of the changed weights on the device.
     Device,
     /// In host memory.
@@ -15,44 +21,26 @@ pub enum BackupPlace {
 /// A packed, row-major copy of one weight.
 pub struct Backup {
     view: View,
+    number: u64,
+    /// Of the weight when it was copied, where that was asked for.
+    checksum: Option<u64>,
     _own: Own,
 }
 
 #[allow(dead_code)] // the fields keep the memory that `view` shows
 enum Own {
     Bytes(Vec<u8>),
+    /// One piece for all copies that were taken together.
+    Device(Arc<Buffer>),
+    Pinned(Arc<Pinned>),
     #[cfg(feature = "torch")]
     Torch(super::torch::Owned),
 }
 
 impl Backup {
-    /// Copies `weight`.
-    pub fn of(name: &str, weight: &View, place: BackupPlace) -> Result<Self> {
-        match weight.device() {
-            Device::Cpu => {
-                let mut bytes = Vec::new();
-                bytes.try_reserve_exact(weight.byte_len()).map_err(|_| {
-                    Error::Backend(format!("`{name}`: no memory for a backup of {} bytes", weight.byte_len()))
-                })?;
-                bytes.resize(weight.byte_len(), 0);
-                // SAFETY: the view shows the vector's own buffer, which moves with it and is never resized.
-                let view = unsafe {
-                    View::from_raw(bytes.as_mut_ptr(), Device::Cpu, weight.dtype(), weight.shape(), None)?
-                };
-                copy(name, weight, &view)?;
-                Ok(Backup { view, _own: Own::Bytes(bytes) })
-            }
-            #[cfg(feature = "torch")]
-            Device::Cuda(_) => {
-                let (view, own) = super::torch::backup(weight, place)?;
-                Ok(Backup { view, _own: Own::Torch(own) })
-            }
-            #[cfg(not(feature = "torch"))]
-            Device::Cuda(_) => {
-                let _ = place;
-                Err(super::no_cuda(name))
-            }
-        }
+    fn new(view: View, own: Own) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Backup { view, number: NEXT.fetch_add(1, Ordering::Relaxed), checksum: None, _own: own }
     }
 
     /// The copy.
@@ -60,20 +48,157 @@ impl Backup {
         &self.view
     }
 
-    /// Writes the copy back, bit for bit.
-    pub fn write_back(&self, name: &str, weight: &View) -> Result<()> {
-        match weight.device() {
-            Device::Cpu => copy(name, &self.view, weight),
-            #[cfg(feature = "torch")]
-            Device::Cuda(_) => super::torch::copy(&self.view, weight),
-            #[cfg(not(feature = "torch"))]
-            Device::Cuda(_) => Err(super::no_cuda(name)),
+    /// A number that no other copy has.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Where copies of these weights go, all on one device, and why.
+    pub fn place(weights: &[(&str, &View)], wanted: BackupPlace) -> (BackupPlace, String) {
+        let bytes: usize = weights.iter().map(|(_, weight)| weight.byte_len()).sum();
+        let gib = |bytes: usize| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
+        let device = weights.first().map_or(Device::Cpu, |(_, weight)| weight.device());
+        let Device::Cuda(index) = device else {
+            return (BackupPlace::Host, "the weights are in host memory".into());
+        };
+        match wanted {
+            BackupPlace::Device | BackupPlace::Host => (wanted, "as asked for".into()),
+            BackupPlace::Auto => match super::fused(index).and_then(Gpu::memory) {
+                // A model that is about to run needs room too.
+                Ok((free, total)) if bytes + (total / 16).max(1 << 30) > free => {
+                    let why = format!(
+                        "copies of {} leave too little of {} free on {device}",
+                        gib(bytes),
+                        gib(free)
+                    );
+                    (BackupPlace::Host, why)
+                }
+                Ok((free, _)) => (
+                    BackupPlace::Device,
+                    format!("copies of {} fit in {} free on {device}", gib(bytes), gib(free)),
+                ),
+                Err(_) => (BackupPlace::Device, format!("{device} does not say how much memory is free")),
+            },
+        }
+    }
+
+    /// Remembers the checksums of the weights that these are copies of; waits for the stream.
+    pub fn remember(backups: &mut [Self], weights: &[(&str, &View)], stream: Stream) -> Result<()> {
+        for (backup, sum) in backups.iter_mut().zip(super::checksum::of(weights, stream)?) {
+            backup.checksum = Some(sum);
+        }
+        Ok(())
+    }
+
+    /// Compares weights with what was remembered of them; waits for the stream.
+    pub fn prove(pairs: &[(&str, &Backup, &View)], stream: Stream) -> Result<()> {
+        let weights: Vec<(&str, &View)> = pairs.iter().map(|&(name, _, weight)| (name, weight)).collect();
+        let sums = super::checksum::of(&weights, stream)?;
+        let differs = pairs.iter().zip(sums).filter(|((_, b, _), sum)| b.checksum.is_some_and(|c| c != *sum));
+        let names: Vec<&str> = differs.map(|((name, ..), _)| *name).collect();
+        match names.first() {
+            None => Ok(()),
+            Some(first) => Err(Error::Backend(format!(
+                "{} of {} restored weights are not the base, the first `{first}`: something else wrote them or their copies; load the model anew",
+                names.len(),
+                pairs.len()
+            ))),
+        }
+    }
+
+    /// Copies weights that are all on one device. On a GPU the copies are enqueued on `stream`.
+    pub fn take(weights: &[(&str, &View)], place: BackupPlace, stream: Stream) -> Result<Vec<Self>> {
+        let Some((first, _)) = weights.first().map(|(name, view)| (view.device(), name)) else {
+            return Ok(Vec::new());
+        };
+        match first {
+            Device::Cpu => weights.iter().map(|(name, weight)| Backup::on_host(name, weight)).collect(),
+            Device::Cuda(index) => match super::fused(index) {
+                Ok(gpu) => gpu.on(stream, |queue| on_gpu(queue, weights, place)),
+                #[cfg(feature = "torch")]
+                Err(_) => weights
+                    .iter()
+                    .map(|(_, weight)| {
+                        let (view, own) = super::torch::backup(weight, place)?;
+                        Ok(Backup::new(view, Own::Torch(own)))
+                    })
+                    .collect(),
+                #[cfg(not(feature = "torch"))]
+                Err(e) => Err(e),
+            },
+        }
+    }
+
+    fn on_host(name: &str, weight: &View) -> Result<Self> {
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(weight.byte_len()).map_err(|_| {
+            Error::Backend(format!("`{name}`: no memory for a backup of {} bytes", weight.byte_len()))
+        })?;
+        bytes.resize(weight.byte_len(), 0);
+        // SAFETY: the view shows the vector's own buffer, which moves with it and is never resized.
+        let view =
+            unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, weight.dtype(), weight.shape(), None)? };
+        copy(name, weight, &view)?;
+        Ok(Backup::new(view, Own::Bytes(bytes)))
+    }
+
+    /// Writes copies back, bit for bit; all weights are on one device. What can be written back is, also after an error.
+    pub fn give_back(pairs: &[(&str, &Backup, &View)], stream: Stream) -> Result<()> {
+        let Some(device) = pairs.first().map(|(_, _, weight)| weight.device()) else { return Ok(()) };
+        match device {
+            Device::Cpu => pairs
+                .iter()
+                .map(|(name, backup, weight)| copy(name, &backup.view, weight))
+                .fold(Ok(()), |all: Result<()>, one| all.and(one)),
+            Device::Cuda(index) => match super::fused(index) {
+                Ok(gpu) => gpu.on(stream, |queue| {
+                    let views: Vec<_> =
+                        pairs.iter().map(|(name, b, weight)| (*name, &b.view, *weight)).collect();
+                    cuda::copy(queue, &views)
+                }),
+                #[cfg(feature = "torch")]
+                Err(_) => pairs
+                    .iter()
+                    .map(|(_, backup, weight)| super::torch::copy(&backup.view, weight))
+                    .fold(Ok(()), |all: Result<()>, one| all.and(one)),
+                #[cfg(not(feature = "torch"))]
+                Err(e) => Err(e),
+            },
         }
     }
 }
 
+/// Copies of GPU weights, all in one piece of device or page-locked host memory.
+fn on_gpu(queue: &Queue, weights: &[(&str, &View)], place: BackupPlace) -> Result<Vec<Backup>> {
+    // The fast kernels want rows at 16 bytes.
+    let size = |weight: &View| weight.byte_len().next_multiple_of(256);
+    let total = weights.iter().map(|(_, weight)| size(weight)).sum();
+    let gpu: &'static Gpu = queue.gpu();
+    let (start, device, own): (u64, Device, Box<dyn Fn() -> Own>) = match place {
+        BackupPlace::Device | BackupPlace::Auto => {
+            let memory = Arc::new(queue.alloc(total)?);
+            (memory.ptr(), Device::Cuda(gpu.index()), Box::new(move || Own::Device(memory.clone())))
+        }
+        BackupPlace::Host => {
+            let memory = Arc::new(Pinned::new(gpu, total)?);
+            (memory.ptr(), Device::Cpu, Box::new(move || Own::Pinned(memory.clone())))
+        }
+    };
+    let (mut at, mut backups) = (start, Vec::with_capacity(weights.len()));
+    for (_, weight) in weights {
+        // SAFETY: a part of the memory that `own` keeps.
+        let view = unsafe { View::from_raw(at as *mut u8, device, weight.dtype(), weight.shape(), None)? };
+        backups.push(Backup::new(view, own()));
+        at += size(weight) as u64;
+    }
+    let views: Vec<_> =
+        weights.iter().zip(&backups).map(|((name, weight), b)| (*name, *weight, &b.view)).collect();
+    cuda::copy(queue, &views)?;
+    Ok(backups)
+}
+
 /// Copies between host views of the same shape and dtype, bit for bit.
-fn copy(name: &str, from: &View, to: &View) -> Result<()> {
+pub(super) fn copy(name: &str, from: &View, to: &View) -> Result<()> {
     use rayon::prelude::*;
     let (from, to) = (Rows::of(from, name)?, Rows::of(to, name)?);
     super::gemm::on_pool(|| {

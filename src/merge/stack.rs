@@ -1,11 +1,12 @@
 //! Targets + adapters + strengths: apply, change, restore.
 
 use super::bypass::Geometry;
-use super::ops::{Region, Term};
+use super::ops::{Region, Storage, Term};
 use super::plan::{Binding, Rules, Strengths};
 use super::restore::{Backup, BackupPlace};
-use super::Prepared;
+use super::{Prepared, Work};
 use crate::adapter::Adapter;
+use crate::cuda::Stream;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::names::Index;
@@ -30,6 +31,9 @@ pub struct Stack {
     entries: Vec<Entry>,
     next: AdapterId,
     place: BackupPlace,
+    /// Where the last copies went, and why.
+    placed: Option<(BackupPlace, String)>,
+    self_check: bool,
     prepared: Prepared,
     rules: Rules,
 }
@@ -69,6 +73,8 @@ impl Stack {
             entries: Vec::new(),
             next: 1,
             place,
+            placed: None,
+            self_check: false,
             prepared: Prepared::default(),
             rules: Rules::default(),
         }
@@ -181,6 +187,35 @@ impl Stack {
         Ok(report::json(&self.entries[at].adapter, Some(&self.entries[at].binding)))
     }
 
+    /// Whether every weight that gets its base back is compared with a checksum taken before it was first changed.
+    pub fn self_check(&mut self, on: bool) {
+        self.self_check = on;
+    }
+
+    /// What the stack holds and how it works, for people.
+    pub fn info(&self) -> serde_json::Value {
+        let device = self.device();
+        let executor = match device {
+            Device::Cpu => "cpu",
+            Device::Cuda(index) if super::fused(index).is_ok() => "kernels",
+            Device::Cuda(_) => "libtorch",
+        };
+        let copies = self.targets.iter().filter_map(|t| t.backup.as_ref());
+        let (count, bytes) = copies.fold((0, 0), |(n, bytes), b| (n + 1, bytes + b.view().byte_len()));
+        let mode = self.placed.as_ref().map(|(place, why)| {
+            let mode = if *place == BackupPlace::Host { "host" } else { "device" };
+            serde_json::json!({"mode": mode, "why": why, "weights": count, "bytes": bytes})
+        });
+        serde_json::json!({
+            "device": device.to_string(),
+            "executor": executor,
+            "targets": self.targets.len(),
+            "adapters": self.entries.len(),
+            "backup": mode,
+            "self_check": self.self_check,
+        })
+    }
+
     /// What every target should hold, by the strengths as they are set.
     fn wanted(&self) -> Vec<Vec<(AdapterId, usize, f64)>> {
         let mut wanted = vec![Vec::new(); self.targets.len()];
@@ -195,65 +230,137 @@ impl Stack {
         wanted
     }
 
-    /// Writes every weight whose wanted terms differ from what it holds. Reports in weights.
+    /// Writes every weight whose wanted terms differ from what it holds. Reports in weights. Work on a GPU is enqueued on `stream`.
     ///
     /// On an error or a cancel all weights are the base again, bit for bit.
-    pub fn apply(&mut self, progress: &mut Progress<'_>) -> Result<Applied> {
-        self.apply_terms(progress).inspect_err(|_| {
+    pub fn apply(&mut self, stream: Stream, progress: &mut Progress<'_>) -> Result<Applied> {
+        self.apply_terms(stream, progress).inspect_err(|_| {
             // What went wrong first is what the caller must hear.
-            let _ = self.restore();
+            let _ = self.restore(stream);
         })
     }
 
-    fn apply_terms(&mut self, progress: &mut Progress<'_>) -> Result<Applied> {
+    fn apply_terms(&mut self, stream: Stream, progress: &mut Progress<'_>) -> Result<Applied> {
         let wanted = self.wanted();
         let due: Vec<usize> = (0..wanted.len()).filter(|&i| wanted[i] != self.targets[i].applied).collect();
         let kept = wanted.iter().filter(|w| !w.is_empty()).count()
             - due.iter().filter(|&&i| !wanted[i].is_empty()).count();
-        for (done, &i) in due.iter().enumerate() {
-            progress.at(done as u64, due.len() as u64)?;
-            let target = &mut self.targets[i];
-            super::check_target(&target.name, &target.weight)?;
-            if target.backup.is_none() {
-                target.backup = Some(Backup::of(&target.name, &target.weight, self.place)?);
-            }
-            let Some(backup) = &target.backup else { continue };
-            // Until it is written whole, the weight holds nothing that could be wanted.
-            target.applied = vec![(0, 0, f64::NAN)];
-            let terms: Vec<Term<'_>> = wanted[i]
-                .iter()
-                .filter_map(|(id, bound, strength)| {
-                    let entry = self.entries.iter().find(|e| e.id == *id)?;
-                    Some(entry.binding.bound[*bound].terms(*strength))
-                })
-                .flatten()
-                .collect();
-            if terms.is_empty() {
-                backup.write_back(&target.name, &target.weight)?;
-                target.backup = None;
-            } else {
-                super::merge(&target.name, backup.view(), &target.weight, &terms, &mut self.prepared)?;
-            }
-            target.applied.clone_from(&wanted[i]);
+        due.iter().try_for_each(|&i| super::check_target(&self.targets[i].name, &self.targets[i].weight))?;
+        let mut devices: Vec<Device> = due.iter().map(|&i| self.targets[i].weight.device()).collect();
+        devices.sort_by_key(|device| format!("{device}"));
+        devices.dedup();
+        for device in devices {
+            let here = |&i: &usize| self.targets[i].weight.device() == device;
+            let (merged, bare): (Vec<usize>, Vec<usize>) =
+                due.iter().copied().filter(here).partition(|&i| !wanted[i].is_empty());
+            self.give_back(&bare, stream)?;
+            self.take_backups(&merged, stream)?;
+            self.merge(device, &merged, &wanted, stream, progress)?;
         }
         progress.at(due.len() as u64, due.len() as u64)?;
         Ok(Applied { changed: due.len(), kept })
     }
 
+    /// Copies the weights that have no copy yet; all on one device.
+    fn take_backups(&mut self, targets: &[usize], stream: Stream) -> Result<()> {
+        let without: Vec<usize> =
+            targets.iter().copied().filter(|&i| self.targets[i].backup.is_none()).collect();
+        let weights: Vec<(&str, &View)> =
+            without.iter().map(|&i| (&self.targets[i].name[..], &self.targets[i].weight)).collect();
+        if weights.is_empty() {
+            return Ok(());
+        }
+        let placed = Backup::place(&weights, self.place);
+        let mut backups = Backup::take(&weights, placed.0, stream)?;
+        if self.self_check {
+            Backup::remember(&mut backups, &weights, stream)?;
+        }
+        self.placed = Some(placed);
+        for (i, backup) in without.into_iter().zip(backups) {
+            self.targets[i].backup = Some(backup);
+        }
+        Ok(())
+    }
+
+    /// Gives weights their base back and drops the copies; all on one device.
+    fn give_back(&mut self, targets: &[usize], stream: Stream) -> Result<()> {
+        let pairs: Vec<(&str, &Backup, &View)> = targets
+            .iter()
+            .filter_map(|&i| {
+                let target = &self.targets[i];
+                Some((&target.name[..], target.backup.as_ref()?, &target.weight))
+            })
+            .collect();
+        Backup::give_back(&pairs, stream)?;
+        if self.self_check && !pairs.is_empty() {
+            Backup::prove(&pairs, stream)?;
+        }
+        for &i in targets {
+            self.targets[i].applied.clear();
+            self.targets[i].backup = None;
+        }
+        Ok(())
+    }
+
+    fn merge(
+        &mut self,
+        device: Device,
+        targets: &[usize],
+        wanted: &[Vec<(AdapterId, usize, f64)>],
+        stream: Stream,
+        progress: &mut Progress<'_>,
+    ) -> Result<()> {
+        for &i in targets {
+            // Until it is written whole, the weight holds nothing that could be wanted.
+            self.targets[i].applied = vec![(0, 0, f64::NAN)];
+        }
+        let terms: Vec<Vec<Term<'_>>> = targets
+            .iter()
+            .map(|&i| {
+                let bound = |(id, bound, strength): &(AdapterId, usize, f64)| {
+                    let entry = self.entries.iter().find(|e| e.id == *id)?;
+                    Some(entry.binding.bound[*bound].terms(*strength))
+                };
+                wanted[i].iter().filter_map(bound).flatten().collect()
+            })
+            .collect();
+        let jobs: Vec<Work<'_>> = targets
+            .iter()
+            .zip(&terms)
+            .filter_map(|(&i, terms)| {
+                let Target { name, weight, backup, .. } = &self.targets[i];
+                let backup = backup.as_ref()?;
+                let pristine = Some(backup.number());
+                Some(Work {
+                    name,
+                    base: backup.view(),
+                    out: weight,
+                    storage: Storage::default(),
+                    terms,
+                    pristine,
+                })
+            })
+            .collect();
+        super::merge_all(device, stream, &jobs, &mut self.prepared, progress)?;
+        for &i in targets {
+            self.targets[i].applied.clone_from(&wanted[i]);
+        }
+        Ok(())
+    }
+
     /// Gives every weight its base back, bit for bit, and frees the copies. Adapters and strengths stay.
-    pub fn restore(&mut self) -> Result<()> {
+    pub fn restore(&mut self, stream: Stream) -> Result<()> {
         let mut result = Ok(());
-        for target in &mut self.targets {
-            if let Some(backup) = &target.backup {
-                match backup.write_back(&target.name, &target.weight) {
-                    Ok(()) => {
-                        target.applied.clear();
-                        target.backup = None;
-                    }
-                    // The others still get their base.
-                    Err(e) => result = result.and(Err(e)),
-                }
-            }
+        let with: Vec<usize> =
+            (0..self.targets.len()).filter(|&i| self.targets[i].backup.is_some()).collect();
+        let mut devices: Vec<Device> = with.iter().map(|&i| self.targets[i].weight.device()).collect();
+        devices.sort_by_key(|device| format!("{device}"));
+        devices.dedup();
+        for device in devices {
+            let here: Vec<usize> =
+                with.iter().copied().filter(|&i| self.targets[i].weight.device() == device).collect();
+            // The others still get their base.
+            result = result.and(self.give_back(&here, stream));
         }
         self.prepared = Prepared::default();
         result

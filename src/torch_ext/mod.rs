@@ -8,6 +8,7 @@ extern "C" {
     fn lycore_ext_libtorch_address() -> *mut c_void;
     fn lycore_ext_free_text(text: *mut c_char);
     fn lycore_ext_scope_open(device: c_int, stream: *mut c_void, out: *mut *mut c_void) -> *mut c_char;
+    fn lycore_ext_scope_stream(scope: *mut c_void) -> *mut c_void;
     fn lycore_ext_scope_close(scope: *mut c_void);
 }
 
@@ -43,6 +44,12 @@ impl Scope {
             }
         }
         Ok(Scope(scope))
+    }
+
+    /// The stream that libtorch's work goes to meanwhile (`cudaStream_t`; NULL: the legacy default stream, or a scope without a device).
+    pub fn stream(&self) -> *mut c_void {
+        // SAFETY: an open scope.
+        unsafe { lycore_ext_scope_stream(self.0) }
     }
 }
 

@@ -68,6 +68,7 @@ struct Scope {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   std::optional<ExactConvolutions> exact_convolutions;
   bool has_stream = false;
+  void* handle = nullptr;
   c10::Stream previous{c10::Stream::DEFAULT, c10::Device(c10::DeviceType::CPU)};
 };
 
@@ -96,6 +97,10 @@ char* lycore_ext_scope_open(int device, void* stream, void** out) {
       c10::StreamId id = handle == 1 ? 0 : static_cast<c10::StreamId>(handle);
       scope->previous = guard.exchangeStream(c10::Stream(c10::Stream::UNSAFE, where, id));
       scope->has_stream = true;
+      scope->handle = stream;
+    } else if (device >= 0) {
+      c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+      scope->handle = guard.getStream(c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device))).native_handle();
     }
     *out = scope.release();
     return nullptr;
@@ -105,6 +110,9 @@ char* lycore_ext_scope_open(int device, void* stream, void** out) {
     return text_of("unknown C++ exception");
   }
 }
+
+// The cudaStream_t that libtorch's work on the scope's device goes to.
+void* lycore_ext_scope_stream(void* opened) { return static_cast<Scope*>(opened)->handle; }
 
 void lycore_ext_scope_close(void* opened) {
   Scope* scope = static_cast<Scope*>(opened);

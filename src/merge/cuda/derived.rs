@@ -1,0 +1,330 @@
+//! What terms need that is computed from the weight itself, once: it does not depend on strengths.
+
+use super::factors::{Factors, Wanted};
+use super::launch::{strips, Variant};
+use super::lower::{resolve, Draft, Drafts};
+use super::tables::{self, Format, Layout, Row, Strip, Target};
+use super::{aligned, packed_region};
+use crate::cuda::{Arg, Buffer, Queue};
+use crate::dtype::Float;
+use crate::error::{Error, Result};
+use crate::merge::ops::{Decompose, Op, Region, RightLowRank, Term};
+use crate::merge::{whole, Work};
+use crate::view::{Rows, Tensor};
+use std::collections::{BTreeMap, HashMap};
+
+/// One thing to compute on a region of a weight.
+pub(super) struct Derived {
+    /// The op's address: it is kept with its adapter.
+    op: usize,
+    region: Region,
+    taps: usize,
+    what: What,
+}
+
+enum What {
+    /// DoRA's gain f and f - 1.
+    Norm { axis: usize, magnitude: Wanted, inside: Vec<Draft> },
+    /// GLoRA's W @ a1 as up fragments.
+    Right { a1: Wanted, rank: usize, format: Format },
+    /// The whole delta at strength 1, computed on the host.
+    Delta(Op),
+}
+
+impl Derived {
+    /// For [`Op::RightLowRank`]: result 0 is the up factor.
+    pub fn right(op: &RightLowRank, region: &Region, taps: usize) -> Result<Self> {
+        let format = match Float::require(op.a1.dtype(), "a factor")? {
+            Float::BF16 => Format::BF16,
+            _ => Format::Split,
+        };
+        let a1 = Wanted::fragments(&op.a1, Layout::Right, format, 0);
+        let what = What::Right { a1, rank: op.a1.shape()[1], format };
+        Ok(Derived { op: std::ptr::from_ref(op) as usize, region: region.clone(), taps, what })
+    }
+
+    /// For [`Op::Decompose`], whose inner rows are placed in the region alone: result 0 is f, 1 is f - 1.
+    pub fn norm(op: &Decompose, region: &Region, taps: usize, inside: Vec<Draft>) -> Self {
+        let what = What::Norm { axis: op.axis, magnitude: Wanted::repeated(&op.magnitude, 1), inside };
+        Derived { op: std::ptr::from_ref(op) as usize, region: region.clone(), taps, what }
+    }
+
+    /// For an op without kernels: result 0 is the delta at strength 1, in fp32.
+    pub fn delta(op: &Op, region: &Region) -> Self {
+        let what = What::Delta(op.clone());
+        Derived { op: std::ptr::from_ref(op) as usize, region: region.clone(), taps: 1, what }
+    }
+
+    /// The factors that it needs on the device.
+    pub fn wanted(&self) -> Vec<Wanted> {
+        match &self.what {
+            What::Norm { magnitude, inside, .. } => {
+                let inner = inside.iter().flat_map(|draft| draft.factors.iter().flatten().cloned());
+                std::iter::once(magnitude.clone()).chain(inner).collect()
+            }
+            What::Right { a1, .. } => vec![a1.clone()],
+            What::Delta(_) => Vec::new(),
+        }
+    }
+
+    fn key(&self, job: &Work<'_>) -> Key {
+        (self.op, job.out.data() as usize, self.region.rows.start, self.region.cols.start)
+    }
+}
+
+/// The op, the weight, the region's first row and column.
+type Key = (usize, usize, usize, usize);
+
+/// What was computed.
+#[derive(Default)]
+pub(super) struct Computed(HashMap<Key, Entry>);
+
+struct Entry {
+    /// Of the copy that it was computed from.
+    pristine: Option<u64>,
+    results: [u64; 2],
+    _memory: Buffer,
+}
+
+impl Computed {
+    /// The address of a result that was computed.
+    pub fn address(&self, job: &Work<'_>, derived: &Derived, which: usize) -> Result<u64> {
+        let entry = self.0.get(&derived.key(job));
+        let results =
+            entry.ok_or_else(|| Error::Backend(format!("`{}`: a part was not computed", job.name)))?;
+        Ok(results.results[which])
+    }
+
+    /// Computes what is missing or was computed from another copy.
+    pub fn compute(
+        &mut self,
+        queue: &Queue,
+        jobs: &[&Work<'_>],
+        targets: &[Target],
+        drafts: &[Drafts],
+        factors: &Factors,
+    ) -> Result<()> {
+        let (mut norms, mut rights) = (Norms::default(), Rights::default());
+        for ((job, target), own) in jobs.iter().zip(targets).zip(drafts) {
+            for derived in &own.derived {
+                let known = self.0.get(&derived.key(job));
+                if known.is_some_and(|entry| entry.pristine == job.pristine && job.pristine.is_some()) {
+                    continue;
+                }
+                let part = part(target, derived, Float::require(job.base.dtype(), job.name)?);
+                let (results, memory) = match &derived.what {
+                    What::Norm { axis, magnitude, inside } => {
+                        let lines = if *axis == 0 { part.rows } else { part.columns } as usize;
+                        let memory = queue.alloc(8 * lines)?;
+                        let results = [memory.ptr(), memory.ptr() + 4 * lines as u64];
+                        let float = Float::require(job.base.dtype(), job.name)?;
+                        norms.add(
+                            part,
+                            float,
+                            *axis,
+                            derived.taps,
+                            factors.address(&magnitude.key)?,
+                            inside,
+                            factors,
+                            results,
+                        )?;
+                        (results, memory)
+                    }
+                    What::Right { a1, rank, format } => {
+                        let shift = derived.region.rows.start % 16;
+                        let ranks = rank.div_ceil(16);
+                        let blocks = (shift + part.rows as usize).div_ceil(16);
+                        let memory = queue.alloc(blocks * derived.taps * ranks * 3 * 512)?;
+                        let float = Float::require(job.base.dtype(), job.name)?;
+                        let plain = derived.taps == 1
+                            && aligned(&Target { out: part.base, out_row: part.base_row, ..part }, float);
+                        rights.add(tables::Right {
+                            base: part.base,
+                            base_columns: part.base_columns,
+                            a1: factors.address(&a1.key)?,
+                            out: memory.ptr(),
+                            base_row: part.base_row,
+                            rows: part.rows,
+                            channels: part.columns / derived.taps as u32,
+                            taps: derived.taps as u32,
+                            ranks: ranks as u32,
+                            dtype: part.dtype,
+                            format: *format as u32,
+                            shift: shift as u32,
+                            plain: u32::from(plain),
+                            scale: part.scale,
+                            unused: 0,
+                        });
+                        ([memory.ptr(), 0], memory)
+                    }
+                    What::Delta(op) => {
+                        let memory = queue.upload_new(&delta(queue, job, op, &derived.region)?)?;
+                        ([memory.ptr(), 0], memory)
+                    }
+                };
+                let entry = Entry { pristine: job.pristine, results, _memory: memory };
+                self.0.insert(derived.key(job), entry);
+            }
+        }
+        norms.run(queue)?;
+        rights.run(queue)
+    }
+}
+
+/// The region of a weight as a weight of its own.
+fn part(target: &Target, derived: &Derived, float: Float) -> Target {
+    let Region { rows, cols, .. } = &derived.region;
+    let side = |address: u64, columns: u64, row: u64| {
+        let skipped = if columns == 0 { cols.start as u64 } else { 0 };
+        address + (rows.start as u64 * row + skipped) * float.size() as u64
+    };
+    let base_columns = match target.base_columns {
+        0 => 0,
+        table => table + 4 * cols.start as u64,
+    };
+    Target {
+        base: side(target.base, target.base_columns, target.base_row),
+        base_columns,
+        rows: rows.len() as u32,
+        columns: cols.len() as u32,
+        ..*target
+    }
+}
+
+/// Norms to compute, by kernel.
+#[derive(Default)]
+struct Norms {
+    targets: Vec<Target>,
+    terms: Vec<tables::Term>,
+    strips: BTreeMap<String, Vec<Strip>>,
+    norms: Vec<tables::Norm>,
+    /// fp32 numbers of partial sums.
+    partial: usize,
+}
+
+impl Norms {
+    #[allow(clippy::too_many_arguments)]
+    fn add(
+        &mut self,
+        part: Target,
+        float: Float,
+        axis: usize,
+        taps: usize,
+        magnitude: u64,
+        inside: &[Draft],
+        factors: &Factors,
+        [gain, less]: [u64; 2],
+    ) -> Result<()> {
+        let none = |_, _| Err(Error::Backend("a decomposition holds what reads the weight".into()));
+        let mut terms = inside.iter().map(|d| resolve(d, factors, &none)).collect::<Result<Vec<_>>>()?;
+        terms.iter_mut().zip(inside).for_each(|(term, draft)| term.coefficient = draft.scale as f32);
+        terms.sort_by_key(|term| term.kind > tables::Kind::Hadamard as u32);
+        let products = terms.iter().filter(|t| t.kind <= tables::Kind::Hadamard as u32).count() as u32;
+        let fast = Variant::of(
+            &terms,
+            aligned(&Target { out: part.base, out_row: part.base_row, out_columns: 0, ..part }, float),
+        ) != Variant::Any;
+        let kernel = if fast { format!("squares_{}", tables::name(float)) } else { "squares_any".into() };
+        let index = self.targets.len();
+        let (tiles, stride) = match axis {
+            0 => (part.columns.div_ceil(64), part.rows),
+            _ => (part.rows.div_ceil(64), part.columns),
+        };
+        self.norms.push(tables::Norm {
+            // Counted from the first for now.
+            partial: self.partial as u64,
+            magnitude,
+            gain,
+            less,
+            count: if axis == 0 { part.rows } else { part.columns / taps.max(1) as u32 },
+            parts: tiles,
+            stride,
+            taps: if axis == 0 { 1 } else { taps as u32 },
+        });
+        let target = Target {
+            out: self.partial as u64,
+            first: self.terms.len() as u32,
+            count: terms.len() as u32,
+            axis: axis as u32,
+            products,
+            ..part
+        };
+        self.partial += tiles as usize * stride as usize;
+        self.strips.entry(kernel).or_default().extend(strips(index, &target, 64));
+        self.targets.push(target);
+        self.terms.extend(terms);
+        Ok(())
+    }
+
+    fn run(mut self, queue: &Queue) -> Result<()> {
+        if self.norms.is_empty() {
+            return Ok(());
+        }
+        let partial = queue.alloc(4 * self.partial)?;
+        let place = |at: u64| partial.ptr() + 4 * at;
+        self.targets.iter_mut().for_each(|target| target.out = place(target.out));
+        self.norms.iter_mut().for_each(|norm| norm.partial = place(norm.partial));
+        let targets = queue.upload_new(Row::bytes(&self.targets))?;
+        let terms = queue.upload_new(Row::bytes(&self.terms))?;
+        for (kernel, strips) in &self.strips {
+            let strips_on_device = queue.upload_new(Row::bytes(strips))?;
+            let args = [Arg::from(&targets), Arg::from(&terms), Arg::from(&strips_on_device)];
+            // SAFETY: the kernel's parameters in its order; weights of the host, and memory that lives until the stream has passed here.
+            unsafe { queue.launch("squares", kernel, [strips.len() as u32, 1, 1], 128, 0, &args)? };
+        }
+        for norms in self.norms.chunks(65_535) {
+            let widest = norms.iter().map(|norm| norm.count).max().unwrap_or(0);
+            let table = queue.upload_new(Row::bytes(norms))?;
+            let grid = [widest.div_ceil(32).clamp(1, 64), norms.len() as u32, 1];
+            // SAFETY: as above.
+            unsafe { queue.launch("squares", "gains", grid, 256, 0, &[Arg::from(&table)])? };
+        }
+        Ok(())
+    }
+}
+
+/// Products W @ a1 to compute.
+#[derive(Default)]
+struct Rights {
+    jobs: Vec<tables::Right>,
+    tiles: Vec<tables::Tile>,
+}
+
+impl Rights {
+    fn add(&mut self, job: tables::Right) {
+        let rows_per_tile = match (job.plain, job.taps) {
+            (1, _) => 128,
+            (_, 1) => 64,
+            _ => 16,
+        };
+        let count = (job.shift + job.rows).div_ceil(rows_per_tile) * job.ranks.div_ceil(2);
+        let index = self.jobs.len() as u32;
+        self.tiles.extend((0..count).map(|tile| tables::Tile { job: index, tile }));
+        self.jobs.push(job);
+    }
+
+    fn run(self, queue: &Queue) -> Result<()> {
+        if self.jobs.is_empty() {
+            return Ok(());
+        }
+        let (jobs, tiles) =
+            (queue.upload_new(Row::bytes(&self.jobs))?, queue.upload_new(Row::bytes(&self.tiles))?);
+        let grid = [self.tiles.len() as u32, 1, 1];
+        // SAFETY: the kernel's parameters in its order; weights of the host, and memory that lives until the stream has passed here.
+        unsafe { queue.launch("right", "right", grid, 128, 0, &[Arg::from(&jobs), Arg::from(&tiles)]) }
+    }
+}
+
+/// `delta(W)` at strength 1 of an op that only the CPU knows, as bytes of fp32.
+fn delta(queue: &Queue, job: &Work<'_>, op: &Op, region: &Region) -> Result<Vec<u8>> {
+    let bytes = packed_region(queue, job, region)?;
+    let host = Tensor::of_vec(bytes, job.base.dtype(), &region.shape)
+        .ok_or_else(|| Error::Backend(format!("`{}`: a part of it could not be read", job.name)))?;
+    let alone =
+        Region { shape: region.shape.clone(), rows: 0..region.rows.len(), cols: 0..region.cols.len() };
+    let term = Term { op, strength: 1.0, slice: None };
+    let values = whole::delta(job.name, &term, &Rows::of(&host, job.name)?, &alone)?;
+    let values =
+        values.ok_or_else(|| Error::Backend(format!("`{}`: {op:?} has no whole delta", job.name)))?;
+    Ok(values.into_iter().flat_map(f32::to_le_bytes).collect())
+}

@@ -1,0 +1,264 @@
+//! Terms of a weight as rows of the kernels' table.
+
+use super::derived::Derived;
+use super::factors::{Factors, Wanted};
+use super::tables::{self, Format, Kind, Layout};
+use crate::dtype::Float;
+use crate::error::{Error, Result};
+use crate::merge::ops::{Decompose, LowRank, Op, Region};
+use crate::view::Tensor;
+
+/// A row before its factors have addresses.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Draft {
+    pub row: tables::Term,
+    /// a, b, a2, b2
+    pub factors: [Option<Wanted>; 4],
+    /// What makes a row's numbers on the device: the index in [`Drafts::derived`] and which of its results.
+    pub a: Option<(usize, usize)>,
+    pub gain: Option<(usize, usize)>,
+    /// The row's coefficient is this times the term's strength.
+    pub scale: f64,
+    /// Index of the term.
+    pub term: usize,
+}
+
+/// The rows of one weight, and what has to be computed from it before.
+#[derive(Default)]
+pub(super) struct Drafts {
+    pub rows: Vec<Draft>,
+    pub derived: Vec<Derived>,
+}
+
+impl Drafts {
+    /// The factors of all of it.
+    pub fn wanted(&self) -> Vec<Wanted> {
+        let rows = self.rows.iter().flat_map(|draft| draft.factors.iter().flatten().cloned());
+        rows.chain(self.derived.iter().flat_map(Derived::wanted)).collect()
+    }
+
+    /// Adds what `op` does on `region` of a weight; `whole` when that is all of it.
+    pub fn add(&mut self, name: &str, op: &Op, term: usize, region: &Region, whole: bool) -> Result<()> {
+        let place = Draft {
+            row: tables::Term {
+                row: region.rows.start as u32,
+                rows: region.rows.len() as u32,
+                column: region.cols.start as u32,
+                columns: region.cols.len() as u32,
+                ..Default::default()
+            },
+            scale: op.scale(),
+            term,
+            ..Draft::default()
+        };
+        let taps: usize = region.shape.iter().skip(2).product();
+        let fits = |size: [usize; 2]| match size == [region.rows.len(), region.cols.len()] {
+            true => Ok(()),
+            false => Err(Error::Shape {
+                tensor: name.to_owned(),
+                what: "the factors do not fit".into(),
+                expected: vec![region.rows.len(), region.cols.len()],
+                got: size.to_vec(),
+            }),
+        };
+        match op {
+            Op::LowRank(LowRank { up, down, .. }) => {
+                fits([up.shape()[0], down.shape()[1]])?;
+                self.rows.push(product(place, region, [(up, down)])?);
+            }
+            Op::Hadamard(op) => {
+                let [(up1, down1), (up2, down2)] = &op.pairs;
+                fits([up1.shape()[0], down1.shape()[1]])?;
+                fits([up2.shape()[0], down2.shape()[1]])?;
+                self.rows.push(product(place, region, [(up1, down1), (up2, down2)])?);
+            }
+            Op::Kron(op) => {
+                let (outer, inner) = (op.w1.shape(), op.w2.shape());
+                fits([outer[0] * inner[0], outer[1] * inner[1]])?;
+                let mut draft = place;
+                draft.row.kind = Kind::Kron as u32;
+                (draft.row.format, draft.row.format2) = (dtype(&op.w1)?, dtype(&op.w2)?);
+                draft.row.inner_rows = inner[0] as u32;
+                draft.row.inner_columns = inner[1] as u32;
+                draft.row.outer_columns = outer[1] as u32;
+                draft.row.plain = u32::from(whole && inner[1] % 8 == 0 && wide(&op.w2));
+                draft.factors = [Some(Wanted::plain(&op.w1)), Some(Wanted::plain(&op.w2)), None, None];
+                self.rows.push(draft);
+            }
+            Op::Dense(op) => {
+                fits([op.diff.shape()[0], op.diff.shape()[1]])?;
+                self.rows.push(elements(place, Kind::Dense, &op.diff, whole && wide(&op.diff))?);
+            }
+            Op::Replace(op) => {
+                fits([op.value.shape()[0], op.value.shape()[1]])?;
+                self.rows.push(elements(place, Kind::Replace, &op.value, false)?);
+            }
+            Op::Scale(op) => {
+                let rows = op.axis == 0;
+                let kind = if rows { Kind::ScaleRows } else { Kind::ScaleColumns };
+                let times = if rows { 1 } else { taps };
+                fits(if rows {
+                    [op.v.count(), region.cols.len()]
+                } else {
+                    [region.rows.len(), op.v.count() * taps]
+                })?;
+                let mut draft = place;
+                draft.row.kind = kind as u32;
+                draft.row.plain = u32::from(whole);
+                draft.factors[0] = Some(Wanted::repeated(&op.v, times));
+                self.rows.push(draft);
+            }
+            Op::RightLowRank(op) => {
+                fits([region.rows.len(), op.a1.shape()[0] * taps])?;
+                fits([region.rows.len(), op.a2.shape()[1] * taps])?;
+                let index = self.derived.len();
+                self.derived.push(Derived::right(op, region, taps)?);
+                let mut draft = place;
+                draft.row.kind = Kind::LowRank as u32;
+                draft.row.format = Format::Split as u32;
+                draft.row.ranks = (taps * op.a1.shape()[1].div_ceil(16)) as u32;
+                draft.a = Some((index, 0));
+                let down = Wanted::fragments(&op.a2, Layout::Down, Format::Split, region.cols.start);
+                draft.factors[1] = Some(down.for_taps(taps));
+                self.rows.push(draft);
+            }
+            Op::Decompose(op) => self.decompose(name, op, place, region, taps, whole)?,
+            Op::Rotate(_) | Op::Principal(_) => {
+                let index = self.derived.len();
+                self.derived.push(Derived::delta(op, region));
+                let mut draft = Draft { scale: 1.0, ..place };
+                draft.row.kind = Kind::Dense as u32;
+                draft.row.plain = u32::from(whole);
+                draft.row.format = tables::dtype(Float::F32);
+                draft.a = Some((index, 0));
+                self.rows.push(draft);
+            }
+        }
+        Ok(())
+    }
+
+    /// `s * (V o f - W)` with `V = W + inside`, f the magnitude over V's norm: `s * f o inside + s * (f - 1) o W`. f does not depend on s.
+    fn decompose(
+        &mut self,
+        name: &str,
+        op: &Decompose,
+        place: Draft,
+        region: &Region,
+        taps: usize,
+        whole: bool,
+    ) -> Result<()> {
+        let count = if op.axis == 0 { region.rows.len() } else { region.cols.len() / taps.max(1) };
+        if op.magnitude.count() != count {
+            return Err(Error::Shape {
+                tensor: name.to_owned(),
+                what: "a magnitude does not fit".into(),
+                expected: vec![count],
+                got: vec![op.magnitude.count()],
+            });
+        }
+        // The norms are those of the region alone, so its terms are placed anew there.
+        let alone =
+            Region { shape: region.shape.clone(), rows: 0..region.rows.len(), cols: 0..region.cols.len() };
+        let mut inside = Drafts::default();
+        for inner in &op.inside {
+            if inner.reads_weight() {
+                return Err(Error::Backend(format!(
+                    "`{name}`: {inner:?} cannot stand inside a decomposition"
+                )));
+            }
+            inside.add(name, inner, place.term, &alone, true)?;
+        }
+        let index = self.derived.len();
+        let first = self.rows.len();
+        for inner in &op.inside {
+            self.add(name, inner, place.term, region, whole)?;
+        }
+        for row in &mut self.rows[first..] {
+            row.gain = Some((index, 0));
+            row.row.gain_axis = op.axis as u32;
+            // Only products take their gain in registers.
+            row.row.plain = 0;
+        }
+        self.derived.push(Derived::norm(op, region, taps, inside.rows));
+        let mut rest = place;
+        rest.row.kind = if op.axis == 0 { Kind::ScaleRows as u32 } else { Kind::ScaleColumns as u32 };
+        rest.row.plain = u32::from(whole);
+        rest.a = Some((index, 1));
+        self.rows.push(rest);
+        Ok(())
+    }
+}
+
+/// Rows and columns of a weight of this shape.
+pub(super) fn matrix(shape: &[usize]) -> (usize, usize) {
+    (shape.first().copied().unwrap_or(1), shape.iter().skip(1).product())
+}
+
+/// The format of a pair's fragments: as they are where both are bf16 or both fp16, else exactly as fp32.
+fn format_of(up: &Tensor, down: &Tensor) -> Result<Format> {
+    let of = |t: &Tensor| Float::require(t.dtype(), "a factor");
+    Ok(match (of(up)?, of(down)?) {
+        (Float::BF16, Float::BF16) => Format::BF16,
+        (Float::F16, Float::F16) => Format::F16,
+        _ => Format::Split,
+    })
+}
+
+fn product<const N: usize>(
+    mut draft: Draft,
+    region: &Region,
+    pairs: [(&Tensor, &Tensor); N],
+) -> Result<Draft> {
+    for (i, (up, down)) in pairs.into_iter().enumerate() {
+        let format = format_of(up, down)?;
+        let ranks = up.shape()[1].div_ceil(16) as u32;
+        draft.factors[2 * i] = Some(Wanted::fragments(up, Layout::Up, format, region.rows.start));
+        draft.factors[2 * i + 1] = Some(Wanted::fragments(down, Layout::Down, format, region.cols.start));
+        match i {
+            0 => (draft.row.format, draft.row.ranks) = (format as u32, ranks),
+            _ => (draft.row.format2, draft.row.ranks2) = (format as u32, ranks),
+        }
+    }
+    draft.row.kind = if N == 1 { Kind::LowRank as u32 } else { Kind::Hadamard as u32 };
+    Ok(draft)
+}
+
+fn elements(mut draft: Draft, kind: Kind, matrix: &Tensor, plain: bool) -> Result<Draft> {
+    draft.row.kind = kind as u32;
+    draft.row.format = dtype(matrix)?;
+    draft.row.plain = u32::from(plain);
+    draft.factors[0] = Some(Wanted::plain(matrix));
+    Ok(draft)
+}
+
+fn dtype(tensor: &Tensor) -> Result<u32> {
+    Ok(tables::dtype(Float::require(tensor.dtype(), "a factor")?))
+}
+
+/// Whether eight of its numbers fill 16 bytes or more.
+fn wide(tensor: &Tensor) -> bool {
+    Float::of(tensor.dtype()).is_some_and(|float| float.size() >= 2)
+}
+
+/// Fills in the addresses.
+pub(super) fn resolve(
+    draft: &Draft,
+    factors: &Factors,
+    derived: &dyn Fn(usize, usize) -> Result<u64>,
+) -> Result<tables::Term> {
+    let mut row = draft.row;
+    let slots = [&mut row.a, &mut row.b, &mut row.a2, &mut row.b2];
+    for (slot, wanted) in slots.into_iter().zip(&draft.factors) {
+        if let Some(wanted) = wanted {
+            *slot = factors.address(&wanted.key)?;
+        }
+    }
+    if let Some((index, which)) = draft.a {
+        row.a = derived(index, which)?;
+    }
+    if let Some((index, which)) = draft.gain {
+        row.gain = derived(index, which)?;
+    }
+    row.carry = 1.0;
+    Ok(row)
+}

@@ -1,0 +1,425 @@
+//! The executor of fused kernels: all weights and all their adapters in a few launches, on the caller's stream, without libtorch.
+//!
+//! A merge is a table of targets and a table of terms ([`lower`]), whose factors lie on the device ([`factors`]) and which the kernels of
+//! `kernels/` read ([`tables`], [`launch`]). All of it is kept: a change of strengths uploads new coefficients and launches.
+
+mod derived;
+mod factors;
+mod launch;
+mod lower;
+mod tables;
+
+use super::ops::{Region, Rounding, Storage};
+use super::Work;
+use crate::cuda::{Arg, Buffer, Gpu, Queue};
+use crate::dtype::{byte_len, Dtype, Float};
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::view::{row_major, Device, View};
+use derived::Computed;
+use factors::{Factors, Wanted};
+use launch::{Launches, Variant};
+use lower::{Draft, Drafts};
+use std::borrow::Cow;
+use std::collections::HashMap;
+use tables::Row;
+
+/// What stays on the device between merges of the same weights.
+#[derive(Default)]
+pub struct Kept {
+    factors: Factors,
+    computed: Computed,
+    plan: Option<Plan>,
+}
+
+/// The tables of the last merge.
+struct Plan {
+    signature: Vec<u64>,
+    on_device: Buffer,
+    /// By target: its rows, products first, with what makes their coefficients.
+    rows: Vec<Vec<(tables::Term, f64, usize)>>,
+    launches: Launches,
+    _columns: Vec<Buffer>,
+}
+
+/// Merges all jobs. Enqueued on the queue's stream; nothing is waited for.
+pub fn merge(queue: &Queue, jobs: &[Work<'_>], kept: &mut Kept) -> Result<()> {
+    let jobs: Vec<&Work<'_>> = jobs.iter().filter(|job| job.base.count() > 0).collect();
+    jobs.iter().try_for_each(|job| check(queue.gpu(), job))?;
+    let signature = signature(&jobs);
+    let same = signature.is_some() && kept.plan.as_ref().map(|plan| &plan.signature) == signature.as_ref();
+    if !same {
+        kept.plan = None;
+        let plan = Plan::new(queue, &jobs, kept, signature.unwrap_or_default())?;
+        kept.plan = Some(plan);
+    }
+    let Some(plan) = &mut kept.plan else { return Ok(()) };
+    let mut terms = Vec::new();
+    for (rows, job) in plan.rows.iter_mut().zip(&jobs) {
+        for (row, scale, term) in rows.iter_mut() {
+            row.coefficient = coefficient(job, *scale, *term)?;
+        }
+        carry(rows);
+        terms.extend(rows.iter().map(|(row, ..)| *row));
+    }
+    let terms = queue.upload_new(Row::bytes(&terms))?;
+    // SAFETY: targets and terms are the host's weights, which it keeps until the stream has passed here, and memory that `kept` holds.
+    unsafe { plan.launches.run(queue, &plan.on_device, &terms) }
+}
+
+fn check(gpu: &Gpu, job: &Work<'_>) -> Result<()> {
+    for (view, what) in [(job.base, "the pristine weight"), (job.out, "the weight")] {
+        if view.device() != Device::Cuda(gpu.index()) {
+            let what =
+                format!("`{}`: {what} is on {}, the work on cuda:{}", job.name, view.device(), gpu.index());
+            return Err(Error::argument(what, "both must be on one device"));
+        }
+    }
+    if job.base.shape() != job.out.shape() || job.base.dtype() != job.out.dtype() {
+        return Err(Error::Shape {
+            tensor: job.name.to_owned(),
+            what: "base and result differ".into(),
+            expected: job.base.shape().to_vec(),
+            got: job.out.shape().to_vec(),
+        });
+    }
+    let (rows, columns) = lower::matrix(job.base.shape());
+    if rows > u32::MAX as usize - 64 || columns > u32::MAX as usize - 64 {
+        let what = format!("`{}`: a weight of {rows} x {columns} is too large for the kernels", job.name);
+        return Err(Error::argument(what, ""));
+    }
+    Ok(())
+}
+
+/// What a plan depends on; `None` when it cannot serve again.
+fn signature(jobs: &[&Work<'_>]) -> Option<Vec<u64>> {
+    let mut signature = Vec::with_capacity(jobs.len() * 8);
+    for job in jobs {
+        let (seed, stochastic) = rounding(job.storage.rounding);
+        signature.extend([
+            job.pristine?,
+            job.base.data() as u64,
+            job.out.data() as u64,
+            u64::from(job.storage.scale.to_bits()) << 32 | u64::from(seed),
+            u64::from(stochastic),
+            job.terms.len() as u64,
+        ]);
+        for term in job.terms {
+            // An op that is kept with its factors keeps its address.
+            let slice = term.slice.map_or([2, 0, 0], |s| [s.axis as u64, s.start as u64, s.len as u64]);
+            signature.extend([std::ptr::from_ref(term.op) as u64, u64::from(term.strength == 0.0)]);
+            signature.extend(slice);
+        }
+    }
+    Some(signature)
+}
+
+fn rounding(rounding: Rounding) -> (u32, bool) {
+    match rounding {
+        Rounding::Nearest => (0, false),
+        Rounding::Stochastic { seed } => (seed, true),
+    }
+}
+
+fn coefficient(job: &Work<'_>, scale: f64, term: usize) -> Result<f32> {
+    let strength = job.terms.get(term).map_or(0.0, |term| term.strength);
+    let product = (strength * scale) as f32;
+    match product.is_finite() {
+        true => Ok(product),
+        false => Err(Error::argument(
+            format!("`{}`: strength {strength} times the file's scale {scale} is beyond fp32", job.name),
+            "1 is the usual strength",
+        )),
+    }
+}
+
+/// Products by the size of their coefficients, each with that of the one before over its own: `merge_products` keeps one sum in units of the
+/// coefficient at hand.
+fn carry(rows: &mut [(tables::Term, f64, usize)]) {
+    let is_product = |row: &tables::Term| row.kind <= tables::Kind::Hadamard as u32;
+    let products = rows.iter().take_while(|(row, ..)| is_product(row)).count();
+    let products = &mut rows[..products];
+    products.sort_by(|(a, ..), (b, ..)| a.coefficient.abs().total_cmp(&b.coefficient.abs()));
+    let mut before = 0.0f32;
+    for (row, ..) in products {
+        row.carry = if row.coefficient == 0.0 { 0.0 } else { before / row.coefficient };
+        before = row.coefficient;
+    }
+}
+
+impl Plan {
+    fn new(queue: &Queue, jobs: &[&Work<'_>], kept: &mut Kept, signature: Vec<u64>) -> Result<Self> {
+        let mut drafts = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            let (rows, columns) = lower::matrix(job.base.shape());
+            let mut own = Drafts::default();
+            for (i, term) in job.terms.iter().enumerate().filter(|(_, term)| term.strength != 0.0) {
+                let region = Region::of(job.name, job.base.shape(), term.slice)?;
+                let whole = region.rows == (0..rows) && region.cols == (0..columns);
+                own.add(job.name, term.op, i, &region, whole)?;
+            }
+            own.rows.sort_by_key(|draft| draft.row.kind > tables::Kind::Hadamard as u32);
+            drafts.push(own);
+        }
+        let wanted: Vec<Wanted> = drafts.iter().flat_map(Drafts::wanted).collect();
+        kept.factors.load(queue, &wanted)?;
+        let mut columns = Columns::default();
+        let mut targets = Vec::with_capacity(jobs.len());
+        for job in jobs {
+            targets.push(target(queue, job, &mut columns)?);
+        }
+        kept.computed.compute(queue, jobs, &targets, &drafts, &kept.factors)?;
+        let (mut rows, mut launches, mut first) = (Vec::new(), Launches::default(), 0);
+        for (i, (job, own)) in jobs.iter().zip(&drafts).enumerate() {
+            let address = |index: usize, which| kept.computed.address(job, &own.derived[index], which);
+            let resolved = |draft: &Draft| {
+                Ok((lower::resolve(draft, &kept.factors, &address)?, draft.scale, draft.term))
+            };
+            let own = own.rows.iter().map(resolved).collect::<Result<Vec<_>>>()?;
+            let terms: Vec<tables::Term> = own.iter().map(|(row, ..)| *row).collect();
+            let target = &mut targets[i];
+            (target.first, target.count) = (first, terms.len() as u32);
+            target.products = terms.iter().filter(|t| t.kind <= tables::Kind::Hadamard as u32).count() as u32;
+            first += target.count;
+            let float = Float::require(job.base.dtype(), job.name)?;
+            let variant = Variant::of(&terms, aligned(target, float));
+            launches.add(i, target, float, &terms, variant)?;
+            rows.push(own);
+        }
+        let on_device = queue.upload_new(Row::bytes(&targets))?;
+        Ok(Plan { signature, on_device, rows, launches, _columns: columns.memory })
+    }
+}
+
+/// A weight as the kernels see it, without terms.
+fn target(queue: &Queue, job: &Work<'_>, columns: &mut Columns) -> Result<tables::Target> {
+    let float = Float::require(job.base.dtype(), job.name)?;
+    let (rows, width) = lower::matrix(job.base.shape());
+    let (seed, stochastic) = rounding(job.storage.rounding);
+    Ok(tables::Target {
+        base: job.base.data() as u64,
+        out: job.out.data() as u64,
+        base_columns: columns.of(queue, job.base)?,
+        out_columns: columns.of(queue, job.out)?,
+        base_row: job.base.strides().first().copied().unwrap_or(0) as u64,
+        out_row: job.out.strides().first().copied().unwrap_or(0) as u64,
+        rows: rows as u32,
+        columns: width as u32,
+        scale: job.storage.scale,
+        seed,
+        stochastic: u32::from(stochastic && float.size() == 1),
+        dtype: tables::dtype(float),
+        ..Default::default()
+    })
+}
+
+/// Whether the fast kernels can take a weight: eights of its columns lie together, at 16 bytes (8 where an element is one).
+fn aligned(target: &tables::Target, float: Float) -> bool {
+    let (size, step) = (float.size() as u64, (8 * float.size() as u64).min(16));
+    let side =
+        |address: u64, row: u64, columns: u64| columns == 0 && address % step == 0 && row * size % step == 0;
+    target.columns % 8 == 0
+        && side(target.base, target.base_row, target.base_columns)
+        && side(target.out, target.out_row, target.out_columns)
+}
+
+/// Offsets of columns that do not lie side by side, by their shape and strides.
+#[derive(Default)]
+struct Columns {
+    known: HashMap<(Vec<usize>, Vec<usize>), u64>,
+    memory: Vec<Buffer>,
+}
+
+impl Columns {
+    /// The table's address, or 0 where there is nothing to tell.
+    fn of(&mut self, queue: &Queue, view: &View) -> Result<u64> {
+        let (shape, strides) = (view.shape().get(1..).unwrap_or(&[]), view.strides().get(1..).unwrap_or(&[]));
+        let packed = shape.iter().zip(strides).zip(row_major(shape)).all(|((&d, &s), r)| d == 1 || s == r);
+        if packed {
+            return Ok(0);
+        }
+        if let Some(&address) = self.known.get(&(shape.to_vec(), strides.to_vec())) {
+            return Ok(address);
+        }
+        let mut offsets = vec![0u64];
+        for (&dim, &stride) in shape.iter().zip(strides) {
+            offsets = offsets.iter().flat_map(|&o| (0..dim).map(move |i| o + (i * stride) as u64)).collect();
+        }
+        let bytes: Vec<u8> = offsets.iter().flat_map(|&o| (o as u32).to_le_bytes()).collect();
+        if offsets.iter().any(|&o| u32::try_from(o).is_err()) {
+            return Err(Error::argument(
+                format!("columns of a weight lie {:?} elements apart", strides),
+                "call .contiguous() on it",
+            ));
+        }
+        let buffer = queue.upload_new(&bytes)?;
+        let address = buffer.ptr();
+        self.memory.push(buffer);
+        self.known.insert((shape.to_vec(), strides.to_vec()), address);
+        Ok(address)
+    }
+}
+
+/// Host weights that are merged at once: as much scratch memory on the device as that.
+const BATCH: usize = 256 << 20;
+
+/// As [`merge`], for weights of which the pristine one or the result may be in host memory: they go through scratch memory, some at a time.
+pub fn merge_from_anywhere(
+    queue: &Queue,
+    jobs: &[Work<'_>],
+    kept: &mut Kept,
+    progress: &mut Progress<'_>,
+) -> Result<()> {
+    let here = |view: &View| view.device() != Device::Cpu;
+    if jobs.iter().all(|job| here(job.base) && here(job.out)) {
+        return merge(queue, jobs, kept);
+    }
+    let (mut first, total) = (0, jobs.len() as u64);
+    while first < jobs.len() {
+        let (mut size, mut end) = (0usize, first);
+        while end < jobs.len() && (end == first || size < BATCH) {
+            size += jobs[end].base.byte_len();
+            end += 1;
+        }
+        progress.at(first as u64, total)?;
+        merge_through_scratch(queue, &jobs[first..end], kept)?;
+        first = end;
+    }
+    Ok(())
+}
+
+fn merge_through_scratch(queue: &Queue, jobs: &[Work<'_>], kept: &mut Kept) -> Result<()> {
+    // Where the dtypes differ both are fp32 on the device: the sum is, anyway.
+    let scratch = |view: &View, dtype: Dtype| -> Result<(View, Option<Buffer>)> {
+        if view.device() != Device::Cpu {
+            return Ok((view.clone(), None));
+        }
+        let size = byte_len(dtype, view.shape()).unwrap_or(0);
+        let buffer = queue.alloc(size.max(1))?;
+        let device = Device::Cuda(queue.gpu().index());
+        // SAFETY: the buffer is that long and lives until this function returns; what is enqueued by then is ordered before its end.
+        let own = unsafe { View::from_raw(buffer.ptr() as *mut u8, device, dtype, view.shape(), None)? };
+        Ok((own, Some(buffer)))
+    };
+    let dtype = |job: &Work<'_>| match job.base.dtype() == job.out.dtype() {
+        true => job.base.dtype(),
+        false => Dtype::F32,
+    };
+    let bases = jobs.iter().map(|job| scratch(job.base, dtype(job))).collect::<Result<Vec<_>>>()?;
+    let outs = jobs.iter().map(|job| scratch(job.out, dtype(job))).collect::<Result<Vec<_>>>()?;
+    for (job, (base, buffer)) in jobs.iter().zip(&bases) {
+        if buffer.is_none() {
+            continue;
+        }
+        let bytes = match job.base.bytes() {
+            Some(bytes) if base.dtype() == job.base.dtype() => Cow::Borrowed(bytes),
+            _ => Cow::Owned(packed(job.name, job.base, base.dtype())?),
+        };
+        // SAFETY: as above.
+        unsafe { queue.upload(&bytes, base.data() as u64)? };
+    }
+    let moved: Vec<Work<'_>> = jobs
+        .iter()
+        .zip(bases.iter().zip(&outs))
+        .map(|(job, ((base, _), (out, _)))| Work { base, out, pristine: None, ..*job })
+        .collect();
+    let mut own = Kept { factors: std::mem::take(&mut kept.factors), ..Kept::default() };
+    let merged = merge(queue, &moved, &mut own);
+    kept.factors = own.factors;
+    merged?;
+    for (job, (out, buffer)) in jobs.iter().zip(&outs) {
+        if buffer.is_none() {
+            continue;
+        }
+        let mut bytes = vec![0u8; out.byte_len()];
+        // SAFETY: as above.
+        unsafe { queue.download(out.data() as u64, &mut bytes)? };
+        host_copy(job.name, &mut bytes, out.dtype(), job.out)?;
+    }
+    Ok(())
+}
+
+/// A region of a job's pristine weight, row-major, on the host. Waits for the stream.
+fn packed_region(queue: &Queue, job: &Work<'_>, region: &Region) -> Result<Vec<u8>> {
+    let base = job.base.region(region.rows.clone(), region.cols.clone());
+    let base = base.ok_or_else(|| Error::Backend(format!("`{}`: its region is no slice", job.name)))?;
+    let size = base.byte_len();
+    let buffer = queue.alloc(size.max(1))?;
+    // SAFETY: the buffer is that long and lives until the download below has been waited for.
+    let to =
+        unsafe { View::from_raw(buffer.ptr() as *mut u8, base.device(), base.dtype(), base.shape(), None)? };
+    copy(queue, &[(job.name, &base, &to)])?;
+    let mut bytes = vec![0u8; size];
+    // SAFETY: as above.
+    unsafe { queue.download(buffer.ptr(), &mut bytes)? };
+    Ok(bytes)
+}
+
+/// The elements of a host view, row-major, as `dtype`: its own, or fp32.
+pub(super) fn packed(name: &str, view: &View, dtype: Dtype) -> Result<Vec<u8>> {
+    if dtype != view.dtype() {
+        return Ok(view.to_f32(name)?.into_iter().flat_map(f32::to_le_bytes).collect());
+    }
+    let mut bytes = vec![0u8; view.byte_len()];
+    // SAFETY: a view of the vector, which outlives it.
+    let to = unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, dtype, view.shape(), None)? };
+    super::restore::copy(name, view, &to)?;
+    Ok(bytes)
+}
+
+/// Row-major elements into a host view, rounded where the dtypes differ.
+fn host_copy(name: &str, bytes: &mut [u8], dtype: Dtype, to: &View) -> Result<()> {
+    // SAFETY: a view of the slice, which outlives it.
+    let from = unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, dtype, to.shape(), None)? };
+    if dtype == to.dtype() {
+        return super::restore::copy(name, &from, to);
+    }
+    super::cpu::merge(name, &from, to, &[])
+}
+
+/// Copies weights of the same shape and dtype, bit for bit, whatever their strides: (name, from, to). One side may be in host memory.
+pub fn copy(queue: &Queue, pairs: &[(&str, &View, &View)]) -> Result<()> {
+    let (mut jobs, mut rest) = (Vec::new(), Vec::new());
+    for &(name, base, out) in pairs {
+        let job = Work { name, base, out, storage: Storage::default(), terms: &[], pristine: None };
+        let host = base.device() == Device::Cpu || out.device() == Device::Cpu;
+        match host && base.is_contiguous() && out.is_contiguous() {
+            // SAFETY: page-locked memory of a backup and the host's weight, which both live until the stream has passed here.
+            true => unsafe { queue.copy(base.data() as u64, out.data() as u64, base.byte_len())? },
+            false if host => rest.push(job),
+            false => jobs.push(job),
+        }
+    }
+    merge(queue, &jobs, &mut Kept::default())?;
+    merge_from_anywhere(queue, &rest, &mut Kept::default(), &mut Progress::none())
+}
+
+/// The checksums of weights on this device; see `checksum.rs`. Waits for the stream.
+pub(super) fn checksums(queue: &Queue, weights: &[(&str, &View)]) -> Result<Vec<u64>> {
+    let mut columns = Columns::default();
+    let mut sums = Vec::with_capacity(weights.len());
+    // A launch takes so many rows of blocks.
+    for weights in weights.chunks(65_535) {
+        let mut targets = Vec::with_capacity(weights.len());
+        for &(name, view) in weights {
+            let storage = Storage::default();
+            let work = Work { name, base: view, out: view, storage, terms: &[], pristine: None };
+            targets.push(target(queue, &work, &mut columns)?);
+        }
+        let mut bytes = vec![0u8; 8 * weights.len()];
+        let result = queue.upload_new(&bytes)?;
+        let targets = queue.upload_new(Row::bytes(&targets))?;
+        let grid = [64, weights.len() as u32, 1];
+        // SAFETY: the kernel's parameters in its order; the weights are the host's, and the result is as long as they are many.
+        unsafe {
+            queue.launch("checksum", "checksum", grid, 256, 0, &[Arg::from(&targets), Arg::from(&result)])?;
+            queue.download(result.ptr(), &mut bytes)?;
+        }
+        sums.extend(
+            bytes
+                .chunks_exact(8)
+                .map(|b| u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])),
+        );
+    }
+    Ok(sums)
+}

@@ -1,0 +1,211 @@
+//! The tables that the kernels read: `kernels/*.cuh` and `kernels/*.cu` have the same structs, field for field.
+
+use crate::dtype::Float;
+
+/// Element types by the kernels' numbers.
+pub(super) fn dtype(float: Float) -> u32 {
+    match float {
+        Float::F32 => 0,
+        Float::F16 => 1,
+        Float::BF16 => 2,
+    }
+}
+
+/// As the kernels' names spell it.
+pub(super) fn name(float: Float) -> &'static str {
+    match float {
+        Float::F32 => "f32",
+        Float::F16 => "f16",
+        Float::BF16 => "bf16",
+    }
+}
+
+/// How a factor's numbers stand in fragments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Format {
+    BF16 = 0,
+    F16 = 1,
+    /// Three bf16 numbers whose sum is the fp32 one.
+    Split = 2,
+}
+
+impl Format {
+    /// bf16 numbers of one number.
+    pub fn parts(self) -> u32 {
+        if self == Format::Split {
+            3
+        } else {
+            1
+        }
+    }
+}
+
+/// What a term does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    LowRank = 0,
+    Hadamard = 1,
+    Kron = 2,
+    Dense = 3,
+    ScaleRows = 4,
+    ScaleColumns = 5,
+    Replace = 6,
+}
+
+/// Where a factor goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Layout {
+    /// Fragments of the left factor of a product.
+    Up = 0,
+    /// Fragments of the right one.
+    Down = 1,
+    /// Packed, in fp32.
+    Fp32 = 2,
+    /// Packed, as it is.
+    Plain = 3,
+    /// Fragments of `kernels/right.cu`'s factor.
+    Right = 4,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Target {
+    pub base: u64,
+    pub out: u64,
+    pub base_columns: u64,
+    pub out_columns: u64,
+    pub base_row: u64,
+    pub out_row: u64,
+    pub rows: u32,
+    pub columns: u32,
+    pub first: u32,
+    pub count: u32,
+    pub scale: f32,
+    pub seed: u32,
+    pub stochastic: u32,
+    pub dtype: u32,
+    pub axis: u32,
+    pub products: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Term {
+    pub a: u64,
+    pub b: u64,
+    pub a2: u64,
+    pub b2: u64,
+    pub gain: u64,
+    pub coefficient: f32,
+    pub kind: u32,
+    pub format: u32,
+    pub format2: u32,
+    pub ranks: u32,
+    pub ranks2: u32,
+    pub row: u32,
+    pub rows: u32,
+    pub column: u32,
+    pub columns: u32,
+    pub gain_axis: u32,
+    pub inner_rows: u32,
+    pub inner_columns: u32,
+    pub outer_columns: u32,
+    pub plain: u32,
+    pub carry: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Strip {
+    pub target: u32,
+    pub row_tile: u32,
+    pub column_tile: u32,
+    pub count: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Factor {
+    pub from: u64,
+    pub to: u64,
+    pub row: u64,
+    pub column: u64,
+    pub dtype: u32,
+    pub layout: u32,
+    pub format: u32,
+    pub rows: u32,
+    pub columns: u32,
+    pub shift: u32,
+    pub blocks: u32,
+    pub ranks: u32,
+    pub taps: u32,
+    pub unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Norm {
+    pub partial: u64,
+    pub magnitude: u64,
+    pub gain: u64,
+    pub less: u64,
+    pub count: u32,
+    pub parts: u32,
+    pub stride: u32,
+    pub taps: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Right {
+    pub base: u64,
+    pub base_columns: u64,
+    pub a1: u64,
+    pub out: u64,
+    pub base_row: u64,
+    pub rows: u32,
+    pub channels: u32,
+    pub taps: u32,
+    pub ranks: u32,
+    pub dtype: u32,
+    pub format: u32,
+    pub shift: u32,
+    pub plain: u32,
+    pub scale: f32,
+    pub unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Tile {
+    pub job: u32,
+    pub tile: u32,
+}
+
+/// Tables of plain numbers, as bytes.
+///
+/// # Safety
+/// `T` has no padding.
+unsafe fn bytes_of<T: Copy>(rows: &[T]) -> &[u8] {
+    // SAFETY: any initialised memory without padding is bytes.
+    unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), std::mem::size_of_val(rows)) }
+}
+
+/// A struct of the kernels, whose bytes go to the device.
+pub(super) trait Row: Copy {
+    fn bytes(rows: &[Self]) -> &[u8];
+}
+
+macro_rules! rows {
+    ($($row:ty: $size:literal),*) => {$(
+        const _: () = assert!(std::mem::size_of::<$row>() == $size);
+        impl Row for $row {
+            fn bytes(rows: &[Self]) -> &[u8] {
+                // SAFETY: only numbers, 8 bytes wide before 4 bytes wide; the size above leaves no room for padding.
+                unsafe { bytes_of(rows) }
+            }
+        }
+    )*};
+}
+
+rows!(Target: 88, Term: 104, Strip: 16, Factor: 72, Norm: 48, Right: 80, Tile: 8);
