@@ -4,6 +4,7 @@ pub mod bypass;
 pub mod checkpoint;
 pub mod cpu;
 pub mod gemm;
+mod kernel;
 pub mod ops;
 pub mod plan;
 pub mod restore;
@@ -55,7 +56,7 @@ pub fn merge_on(
 ) -> Result<()> {
     check_target(name, out)?;
     match device {
-        Device::Cpu => cpu::merge(name, base, out, terms),
+        Device::Cpu => cpu::merge(name, base, out, &ops::Storage::default(), terms),
         #[cfg(feature = "torch")]
         Device::Cuda(index) => torch::merge(index, name, base, out, terms, &mut prepared.torch),
         #[cfg(not(feature = "torch"))]

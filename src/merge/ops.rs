@@ -2,6 +2,7 @@
 //!
 //! The executors (`cpu.rs`, `torch.rs`) know these and nothing of algorithms.
 
+pub use crate::dtype::Rounding;
 use crate::error::{Error, Result};
 use crate::view::{Slice, Tensor};
 use std::ops::Range;
@@ -269,6 +270,21 @@ impl Stage {
     /// How many rows (or columns) it turns.
     pub fn size(&self) -> usize {
         self.blocks.iter().map(|group| group.shape()[0] * group.shape()[1]).sum()
+    }
+}
+
+/// How a weight lies in memory: its real value is `scale` times the stored number; how a result is rounded into it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Storage {
+    /// What the stored numbers are multiplied with; neither 0 nor infinite.
+    pub scale: f32,
+    /// Matters for dtypes of 8 bits; others are rounded to nearest.
+    pub rounding: Rounding,
+}
+
+impl Default for Storage {
+    fn default() -> Self {
+        Storage { scale: 1.0, rounding: Rounding::Nearest }
     }
 }
 
