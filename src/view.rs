@@ -3,7 +3,7 @@
 //! This is the one place where raw pointers from outside become something checked: everything that can be proven
 //! without touching the memory (sizes, strides, axis bounds) is proven when a view is made.
 
-use crate::dtype::{self, Dtype, Float};
+use crate::dtype::{self, Dtype, Float, Rounding};
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::fmt;
@@ -260,6 +260,7 @@ pub struct Rows {
     pub cols: usize,
     row_stride: usize,
     offsets: Option<Vec<usize>>,
+    scale: f32,
 }
 
 // SAFETY: as `View`: an address and numbers; rows are disjoint, and `write` takes care that each is written by one thread.
@@ -290,12 +291,22 @@ impl Rows {
             }
             offsets
         });
-        Ok(Rows { data: view.data, float, rows, cols, row_stride, offsets })
+        Ok(Rows { data: view.data, float, rows, cols, row_stride, offsets, scale: 1.0 })
+    }
+
+    /// The matrix whose real values are `scale` times the stored ones.
+    pub fn scaled(self, scale: f32) -> Self {
+        Rows { scale, ..self }
     }
 
     /// Element type.
     pub fn float(&self) -> Float {
         self.float
+    }
+
+    /// The first element and the distance between rows, when a row is f32 side by side. The address may be unaligned.
+    pub fn as_f32(&self) -> Option<(*mut f32, usize)> {
+        (self.float == Float::F32 && self.offsets.is_none()).then(|| (self.data.cast(), self.row_stride))
     }
 
     fn row(&self, row: usize) -> *mut u8 {
@@ -304,15 +315,27 @@ impl Rows {
         unsafe { self.data.add(row * self.row_stride * self.float.size()) }
     }
 
-    /// Reads row `row` as f32.
+    /// Reads the real values of row `row` as f32.
     pub fn read(&self, row: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.cols);
+        self.read_stored(row, 0, out);
+        if self.scale != 1.0 {
+            out.iter_mut().for_each(|v| *v *= self.scale);
+        }
+    }
+
+    /// Reads the stored numbers of row `row` as f32, from column `first` on.
+    pub fn read_stored(&self, row: usize, first: usize, out: &mut [f32]) {
+        assert!(first <= self.cols && out.len() <= self.cols - first);
         let (start, size) = (self.row(row), self.float.size());
         match &self.offsets {
-            // SAFETY: a packed row of `cols` elements that the view reaches.
-            None => self.float.read(unsafe { std::slice::from_raw_parts(start, self.cols * size) }, out),
+            None => {
+                // SAFETY: inside a packed row of `cols` elements that the view reaches.
+                let bytes = unsafe { std::slice::from_raw_parts(start.add(first * size), out.len() * size) };
+                self.float.read(bytes, out);
+            }
             Some(offsets) => {
-                for (o, &offset) in out.iter_mut().zip(offsets) {
+                for (o, &offset) in out.iter_mut().zip(&offsets[first..]) {
                     // SAFETY: every offset is one that shape and strides reach.
                     let element = unsafe { std::slice::from_raw_parts(start.add(offset * size), size) };
                     self.float.read(element, std::slice::from_mut(o));
@@ -321,23 +344,36 @@ impl Rows {
         }
     }
 
-    /// Writes row `row`, rounded to nearest even.
+    /// Writes stored numbers into row `row`, rounded to nearest even.
     ///
     /// # Safety
     /// No other thread may access this row at the same time.
     pub unsafe fn write(&self, row: usize, values: &[f32]) {
         assert_eq!(values.len(), self.cols);
+        // SAFETY: the caller's promise.
+        unsafe { self.write_part(row, 0, values, Rounding::Nearest) }
+    }
+
+    /// Writes stored numbers into row `row`, from column `first` on.
+    ///
+    /// # Safety
+    /// No other thread may access this part of the row at the same time.
+    pub unsafe fn write_part(&self, row: usize, first: usize, values: &[f32], rounding: Rounding) {
+        assert!(first <= self.cols && values.len() <= self.cols - first);
         let (start, size) = (self.row(row), self.float.size());
+        let index = row as u64 * self.cols as u64 + first as u64;
         match &self.offsets {
             None => {
-                // SAFETY: a packed row of `cols` elements that the view reaches; the caller is alone on it.
-                self.float.write(values, unsafe { std::slice::from_raw_parts_mut(start, self.cols * size) })
+                // SAFETY: inside a packed row of `cols` elements that the view reaches; the caller is alone on it.
+                let bytes =
+                    unsafe { std::slice::from_raw_parts_mut(start.add(first * size), values.len() * size) };
+                self.float.write_rounded(values, bytes, rounding, index);
             }
             Some(offsets) => {
-                for (v, &offset) in values.iter().zip(offsets) {
+                for ((v, &offset), index) in values.iter().zip(&offsets[first..]).zip(index..) {
                     // SAFETY: every offset is one that shape and strides reach; the caller is alone on the row.
                     let element = unsafe { std::slice::from_raw_parts_mut(start.add(offset * size), size) };
-                    self.float.write(std::slice::from_ref(v), element);
+                    self.float.write_rounded(std::slice::from_ref(v), element, rounding, index);
                 }
             }
         }
@@ -348,15 +384,26 @@ impl Rows {
     /// # Safety
     /// No other thread may access this row at the same time.
     pub unsafe fn copy_row(&self, from: &Rows, row: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.copy_part(from, row, 0..self.cols) }
+    }
+
+    /// Copies columns of row `row` of `from`, bit for bit. Both have the same dtype and number of columns.
+    ///
+    /// # Safety
+    /// No other thread may access this part of the row at the same time.
+    pub unsafe fn copy_part(&self, from: &Rows, row: usize, cols: std::ops::Range<usize>) {
         assert!(self.cols == from.cols && self.float == from.float);
+        assert!(cols.start <= cols.end && cols.end <= self.cols);
         let size = self.float.size();
         let (to, src) = (self.row(row), from.row(row));
         if self.offsets.is_none() && from.offsets.is_none() {
-            // SAFETY: two packed rows of `cols` elements; `copy` allows them to be the same memory.
-            unsafe { std::ptr::copy(src, to, self.cols * size) };
+            let first = cols.start * size;
+            // SAFETY: inside two packed rows of `cols` elements; `copy` allows them to be the same memory.
+            unsafe { std::ptr::copy(src.add(first), to.add(first), cols.len() * size) };
             return;
         }
-        for i in 0..self.cols {
+        for i in cols {
             let at = |rows: &Rows| rows.offsets.as_ref().map_or(i, |o| o[i]) * size;
             // SAFETY: offsets that both views reach.
             unsafe { std::ptr::copy(src.add(at(from)), to.add(at(self)), size) };

@@ -13,6 +13,8 @@ from ._binding import (
     LYCORE_BACKUP_AUTO,
     LYCORE_BACKUP_DEVICE,
     LYCORE_BACKUP_HOST,
+    LYCORE_ROUNDING_NEAREST,
+    LYCORE_ROUNDING_STOCHASTIC,
     lycore_applied,
     lycore_geometry,
     lycore_patch,
@@ -29,6 +31,7 @@ Tensor = TypeVar("Tensor")
 Slice = tuple[int, int, int]
 """(axis, first index, number of indices): a range of rows (axis 0) or of input channels (axis 1) of a weight."""
 
+_ROUNDINGS = {"nearest": LYCORE_ROUNDING_NEAREST, "stochastic": LYCORE_ROUNDING_STOCHASTIC}
 _BACKUPS = {"auto": LYCORE_BACKUP_AUTO, "device": LYCORE_BACKUP_DEVICE, "host": LYCORE_BACKUP_HOST}
 
 
@@ -100,11 +103,13 @@ class Stack(Closable):
     strengths count and never what was applied before.
 
     `weights` are [out, in] or [out, in / groups, kernel..], under the host's own names: a mapping of names to torch
-    tensors (CPU or CUDA; float32, float16, bfloat16) or writable numpy arrays, or a torch.nn.Module, of which every
+    tensors (CPU or CUDA; float32, float16, bfloat16, float8_e4m3fn, float8_e5m2) or writable numpy arrays, or a torch.nn.Module, of which every
     floating-point parameter is taken, biases and norms too. Their memory is used in place and kept alive; do not move
     a model while a stack is on it. `backup` says where the pristine copies are kept: on the weights' "device", on
     the "host", or "auto": on the device where there is room; `info` says which and why. With `self_check` every weight
-    that is restored is compared with a checksum of what it was. `aliases` maps spellings of adapter files to a weight's name, or to (name, axis, start, length) for a
+    that is restored is compared with a checksum of what it was. Results in float8 weights are rounded to "nearest" or,
+    with `rounding="stochastic"`, by chance in proportion to the distance, the same for the same `seed`; `scales` says
+    for which of them the real weight is a number times the stored one. `aliases` maps spellings of adapter files to a weight's name, or to (name, axis, start, length) for a
     part of it, and wins over the built-in rules. An adapter made for another family of models is refused by `add`,
     unless all of it fits or `other_families` is true.
 
@@ -118,11 +123,16 @@ class Stack(Closable):
         *,
         backup: str = "auto",
         self_check: bool = False,
+        rounding: str = "nearest",
+        seed: int = 0,
+        scales: Mapping[str, float] | None = None,
         aliases: Mapping[str, str | tuple[str, int, int, int]] | None = None,
         other_families: bool = False,
     ):
         if backup not in _BACKUPS:
             raise ArgumentError(f"backup is {backup!r}, it must be 'auto', 'device' or 'host'.")
+        if rounding not in _ROUNDINGS:
+            raise ArgumentError(f"rounding is {rounding!r}, it must be 'nearest' or 'stochastic'.")
         self._weights: dict[str, tuple[Descriptor, Any]] = {}
         for name, weight in _named(weights):
             # The alias without a graph keeps the memory if the host gives its parameter another.
@@ -140,6 +150,9 @@ class Stack(Closable):
             self._call("lycore_stack_allow_other_families", 1)
         for name, (descriptor, _) in self._weights.items():
             self._call("lycore_stack_add_target", name.encode(), byref(descriptor.c))
+        self._call("lycore_stack_set_rounding", _ROUNDINGS[rounding], seed & 0xFFFFFFFF)
+        for name, scale in (scales or {}).items():
+            self._call("lycore_stack_set_scale", name.encode(), float(scale))
         for spelling, target in (aliases or {}).items():
             name, part = (target, None) if isinstance(target, str) else (target[0], slice_of(target[1:], spelling))
             self._call("lycore_stack_add_alias", spelling.encode(), name.encode(), byref(part) if part else None)

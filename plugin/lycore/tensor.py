@@ -12,6 +12,8 @@ from ._binding import (
     LYCORE_DEVICE_CUDA,
     LYCORE_DTYPE_BFLOAT,
     LYCORE_DTYPE_FLOAT,
+    LYCORE_DTYPE_FLOAT8_E4M3FN,
+    LYCORE_DTYPE_FLOAT8_E5M2,
     LYCORE_MAX_DIMS,
     lycore_slice,
     lycore_tensor,
@@ -22,11 +24,15 @@ _CODES = {
     "float32": (LYCORE_DTYPE_FLOAT, 32),
     "float16": (LYCORE_DTYPE_FLOAT, 16),
     "bfloat16": (LYCORE_DTYPE_BFLOAT, 16),
+    "float8_e4m3fn": (LYCORE_DTYPE_FLOAT8_E4M3FN, 8),
+    "float8_e5m2": (LYCORE_DTYPE_FLOAT8_E5M2, 8),
 }
 _NAMES = {
     (LYCORE_DTYPE_FLOAT, 32): "fp32",
     (LYCORE_DTYPE_FLOAT, 16): "fp16",
     (LYCORE_DTYPE_BFLOAT, 16): "bf16",
+    (LYCORE_DTYPE_FLOAT8_E4M3FN, 8): "fp8 e4m3fn",
+    (LYCORE_DTYPE_FLOAT8_E5M2, 8): "fp8 e5m2",
 }
 
 
@@ -43,7 +49,7 @@ def is_numpy(value: Any) -> bool:
 
 
 def dtype_name(code: int, bits: int) -> str:
-    """ "fp32", "fp16" or "bf16"."""
+    """ "fp32", "fp16", "bf16", "fp8 e4m3fn" or "fp8 e5m2"."""
     return _NAMES.get((code, bits), f"code {code}, {bits} bits")
 
 

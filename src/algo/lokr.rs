@@ -148,7 +148,7 @@ fn read(module: &str, group: &Group) -> Result<Box<dyn Algorithm>> {
         // Without a rank alpha means nothing; LyCORIS' 100000 is infinite in an fp16 file.
         (None, None | Some(1.0)) => {
             let own = group.get(ALPHA).filter(|t| t.count() == 1);
-            let float = own.filter(|t| crate::dtype::Float::of(t.dtype()).is_some()).cloned();
+            let float = own.filter(|t| crate::dtype::Float::wide(t.dtype()).is_some()).cloned();
             let number = || own.and_then(|t| t.scalar()).map(|v| Tensor::of_f32(vec![v as f32], &[]));
             (float.or_else(number), None)
         }

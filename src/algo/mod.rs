@@ -217,7 +217,7 @@ fn number(module: &str, name: &str, tensor: &Tensor) -> Result<(Tensor, f32)> {
     if !value.is_finite() {
         return Err(malformed(module, format!("`{name}` is {value}")));
     }
-    let float = crate::dtype::Float::of(tensor.dtype()).is_some();
+    let float = crate::dtype::Float::wide(tensor.dtype()).is_some();
     Ok((if float { tensor.clone() } else { Tensor::of_f32(vec![value], &[]) }, value))
 }
 

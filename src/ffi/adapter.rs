@@ -69,7 +69,7 @@ impl Held {
             HeldTensor { slot: c_text(slot), descriptor, _numbers: numbers }
         };
         // A descriptor that claims another element type would have its readers run past the end.
-        let float = |(_, t): &(&str, &crate::view::Tensor)| crate::dtype::Float::of(t.dtype()).is_some();
+        let float = |(_, t): &(&str, &crate::view::Tensor)| crate::dtype::Float::wide(t.dtype()).is_some();
         let module = |m: &crate::adapter::Module| HeldModule {
             name: c_text(&m.name),
             algorithm: c_text(m.algorithm.name()),

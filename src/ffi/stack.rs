@@ -182,7 +182,7 @@ pub unsafe extern "C" fn lycore_stack_new(
     }
 }
 
-/// Registers a weight: fp32, fp16 or bf16, any strides, [out, in] or [out, in / groups, kernel..], under the host's own name (with or
+/// Registers a weight: fp32, fp16, bf16 or fp8 (see lycore_stack_set_scale), any strides, [out, in] or [out, in / groups, kernel..], under the host's own name (with or
 /// without ".weight"); or a layer's bias [out], under a name that ends in ".bias"; or a norm's weight [channels]. All weights come before the first adapter. The memory must stay valid until the stack is freed; apply and restore
 /// write it, and from the first apply until restore its content is the stack's: what the host writes meanwhile is lost. The same memory can be
 /// registered once; ranges that overlap in part, and two stacks on one weight, are the caller's to avoid.
@@ -247,6 +247,62 @@ pub unsafe extern "C" fn lycore_stack_allow_other_families(
                 stack.allow_other_families(allow != 0);
                 Ok(())
             })
+        })
+    }
+}
+
+/// Results are rounded to nearest even.
+pub const LYCORE_ROUNDING_NEAREST: i32 = 0;
+/// Results in weights of 8 bits are rounded up or down with the probability of the distance; others to nearest.
+pub const LYCORE_ROUNDING_STOCHASTIC: i32 = 1;
+
+/// How results are rounded into weights of 8 bits: LYCORE_ROUNDING_NEAREST (the default) or LYCORE_ROUNDING_STOCHASTIC. Either way beyond the
+/// largest number of the dtype it is that number. A weight's noise depends on `seed`, on its name and on nothing else: the same strengths give
+/// the same bits. Comes before the first adapter.
+///
+/// # Safety
+/// `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_stack_set_rounding(
+    stack: *mut lycore_stack,
+    rounding: i32,
+    seed: u32,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            let seed = match rounding {
+                LYCORE_ROUNDING_NEAREST => None,
+                LYCORE_ROUNDING_STOCHASTIC => Some(seed),
+                other => {
+                    let message = format!(
+                        "`rounding` is {other}, it must be LYCORE_ROUNDING_NEAREST or LYCORE_ROUNDING_STOCHASTIC"
+                    );
+                    return Err(Failure::boundary(LYCORE_BAD_ARGUMENT, message));
+                }
+            };
+            on_stack(stack, |stack| Ok(stack.set_rounding(seed)?))
+        })
+    }
+}
+
+/// The real weight `target`, of 8 bits, is `scale` times what is stored; so is what is written. 1 by default. Comes before the first adapter.
+///
+/// # Safety
+/// `target` is a NUL-terminated UTF-8 string. `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_stack_set_scale(
+    stack: *mut lycore_stack,
+    target: *const c_char,
+    scale: f32,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            let target = boundary::text(target, "target")?;
+            on_stack(stack, |stack| Ok(stack.set_scale(target, scale)?))
         })
     }
 }

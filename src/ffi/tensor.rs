@@ -19,6 +19,10 @@ pub const LYCORE_DTYPE_UINT: u8 = 1;
 pub const LYCORE_DTYPE_FLOAT: u8 = 2;
 /// kDLBfloat: 16 bits
 pub const LYCORE_DTYPE_BFLOAT: u8 = 4;
+/// kDLFloat8_e4m3fn: 8 bits, without infinities, at most 448
+pub const LYCORE_DTYPE_FLOAT8_E4M3FN: u8 = 10;
+/// kDLFloat8_e5m2: 8 bits, at most 57344
+pub const LYCORE_DTYPE_FLOAT8_E5M2: u8 = 12;
 /// The most axes that a tensor may have.
 pub const LYCORE_MAX_DIMS: i32 = 16;
 
@@ -38,7 +42,7 @@ pub struct lycore_device {
 pub struct lycore_dtype {
     /// One of LYCORE_DTYPE_*.
     pub code: u8,
-    /// Bits per element: 16 or 32 for the floating-point weights that this version computes with.
+    /// Bits per element: 8, 16 or 32 for the floating-point weights that this version computes with.
     pub bits: u8,
     /// 1.
     pub lanes: u16,
@@ -115,11 +119,13 @@ pub(super) unsafe fn view(tensor: *const lycore_tensor, name: &'static str) -> O
         (LYCORE_DTYPE_FLOAT, 32, 1) => Dtype::F32,
         (LYCORE_DTYPE_FLOAT, 16, 1) => Dtype::F16,
         (LYCORE_DTYPE_BFLOAT, 16, 1) => Dtype::BF16,
+        (LYCORE_DTYPE_FLOAT8_E4M3FN, 8, 1) => Dtype::F8_E4M3,
+        (LYCORE_DTYPE_FLOAT8_E5M2, 8, 1) => Dtype::F8_E5M2,
         (code, bits, lanes) => {
             return Err(Failure::Error(Error::Dtype {
                 tensor: name.to_owned(),
                 got: format!("code {code}, {bits} bits, {lanes} lanes"),
-                supported: "float 32, float 16, bfloat 16, one lane",
+                supported: "float 32, float 16, bfloat 16, float8 e4m3fn, float8 e5m2, one lane",
             }))
         }
     };
@@ -176,6 +182,8 @@ pub(super) fn describe(view: &View, shape: &mut [i64], strides: &mut [i64]) -> l
     let (code, bits) = match view.dtype() {
         Dtype::BF16 => (LYCORE_DTYPE_BFLOAT, 16),
         Dtype::F16 => (LYCORE_DTYPE_FLOAT, 16),
+        Dtype::F8_E4M3 => (LYCORE_DTYPE_FLOAT8_E4M3FN, 8),
+        Dtype::F8_E5M2 => (LYCORE_DTYPE_FLOAT8_E5M2, 8),
         _ => (LYCORE_DTYPE_FLOAT, 32),
     };
     lycore_tensor {

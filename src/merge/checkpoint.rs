@@ -41,7 +41,7 @@ const BLOCK: usize = 8 << 20;
 pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
     let base = File::open(job.base)?;
     // Only what can be computed is a target; the rest passes through.
-    let targets: Vec<&Entry> = base.entries().iter().filter(|e| Float::of(e.dtype).is_some()).collect();
+    let targets: Vec<&Entry> = base.entries().iter().filter(|e| Float::wide(e.dtype).is_some()).collect();
     let shapes: Vec<(&str, &[usize])> = targets.iter().map(|e| (e.name.as_str(), &e.shape[..])).collect();
     let index = Index::new(&shapes);
     let rules = Rules { may_grow: true, other_families: job.other_families };
@@ -75,13 +75,13 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
         terms[bound.target].extend(bound.terms(*strength).map(|term| Term { slice, ..term }));
     }
 
-    let out_dtype = |dtype: Dtype| match (job.dtype, Float::of(dtype)) {
+    let out_dtype = |dtype: Dtype| match (job.dtype, Float::wide(dtype)) {
         (Some(wanted), Some(_)) => wanted.dtype(),
         _ => dtype,
     };
     let mut layout: Vec<(String, Dtype, Vec<usize>)> =
         base.entries().iter().map(|e| (e.name.clone(), out_dtype(e.dtype), e.shape.clone())).collect();
-    let floats = layout.iter_mut().zip(base.entries()).filter(|(_, e)| Float::of(e.dtype).is_some());
+    let floats = layout.iter_mut().zip(base.entries()).filter(|(_, e)| Float::wide(e.dtype).is_some());
     floats.zip(&sizes).for_each(|(((_, _, shape), _), size)| shape.clone_from(size));
     let total: u64 = layout.iter().filter_map(|(_, d, s)| dtype::byte_len(*d, s)).map(|n| n as u64).sum();
     let mut metadata = base.metadata().clone();
@@ -93,7 +93,7 @@ pub fn merge(job: &Job<'_>, progress: &mut Progress<'_>) -> Result<Value> {
     let mut copied = Vec::new();
     progress.at(0, total)?;
     for (entry, (_, to, shape)) in base.entries().iter().zip(&layout) {
-        let own_terms: &[Term<'_>] = if Float::of(entry.dtype).is_some() {
+        let own_terms: &[Term<'_>] = if Float::wide(entry.dtype).is_some() {
             next_target += 1;
             &terms[next_target - 1]
         } else {

@@ -1,15 +1,37 @@
 //! The executor for host memory: one pass over each weight, accumulation in f32 over all terms, one rounding.
 
-use super::gemm::{add_product, on_pool, Mat};
-use super::ops::{Op, Region, Term};
-use super::whole;
+use super::gemm::{add_product, on_pool, threads, Mat};
+use super::kernel::{Kernel, Tile};
+use super::ops::{LowRank, Op, Region, Storage, Term};
+use super::{whole, Work};
 use crate::error::{Error, Result};
-use crate::view::{Rows, Tensor, View};
+use crate::view::{Device, Rows, Tensor, View};
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// About as many f32 as fit beside their factors in a core's cache.
 const TILE: usize = 64 * 1024;
+
+/// Elements of a task: so many that packing its factors does not count.
+const TASK: usize = 2 << 20;
+
+/// Elements per thread that are planned together; at the end of such a group threads may wait for the last task.
+const GROUP: usize = 16 << 20;
+
+/// About as many elements may have their whole delta in memory.
+const WHOLE: usize = 32 << 20;
+
+/// Tasks are multiples of so many rows: of every kernel's height, so that only the end of a weight is a part of a tile.
+const PANEL: usize = 12;
+
+/// Values of packed right factors that fit in a core's second cache with room for the weight.
+const PANELS: usize = 96 * 1024;
+
+/// f32 in a cache line.
+const LINE: usize = 16;
+
+/// How many tiles ahead the weight is fetched: a tile takes about as long as memory does.
+const AHEAD: usize = 2;
 
 /// A term with its factors in f32 and its place in the weight's matrix.
 pub(super) struct Ready {
@@ -51,64 +73,423 @@ struct Pair {
     rank: usize,
 }
 
-/// `out = base + sum of terms`. Both views have the same shape; their dtypes may differ; they may be the same memory, not overlap otherwise.
-pub fn merge(name: &str, base: &View, out: &View, terms: &[Term<'_>]) -> Result<()> {
-    if base.shape() != out.shape() {
-        return Err(Error::Shape {
-            tensor: name.to_owned(),
-            what: "base and result differ".into(),
-            expected: base.shape().to_vec(),
-            got: out.shape().to_vec(),
+/// Merges one weight; see [`Work`].
+pub fn merge(name: &str, base: &View, out: &View, storage: &Storage, terms: &[Term<'_>]) -> Result<()> {
+    let work = Work { name, base, out, storage: *storage, terms, pristine: None };
+    merge_all(&[work], &mut |_| Ok(()))
+}
+
+/// Merges many weights, faster than one after the other: the threads share the work of several. `between` hears, now and then and at the end,
+/// how many are done; its error stops the work. After an error each weight is merged or untouched or, if it was being written, neither.
+pub fn merge_all(jobs: &[Work<'_>], between: &mut dyn FnMut(usize) -> Result<()>) -> Result<()> {
+    let threads = threads();
+    let (mut done, mut at) = (0, 0);
+    while at < jobs.len() {
+        between(done)?;
+        let mut plans = Vec::new();
+        let (mut elements, mut whole) = (0, 0);
+        while at < jobs.len() && elements < GROUP * threads && whole < WHOLE {
+            let job = &jobs[at];
+            let plan = Plan::of(job)?;
+            elements += job.base.count();
+            whole += if plan.others.is_empty() && plan.towards.is_empty() { 0 } else { job.base.count() };
+            plans.push(plan);
+            at += 1;
+        }
+        let size = (elements / (threads * 8)).clamp(TASK / 16, TASK);
+        let tasks: Vec<(&Plan, Range<usize>)> = plans.iter().flat_map(|plan| plan.tasks(size)).collect();
+        on_pool(|| {
+            let tasks = tasks.into_par_iter().with_max_len(1);
+            tasks.for_each_init(Scratch::default, |scratch, (plan, rows)| plan.run(rows, scratch));
         });
+        done = at;
     }
-    let (from, to) = (Rows::of(base, name)?, Rows::of(out, name)?);
-    let ready = terms
-        .iter()
-        .filter(|term| term.strength != 0.0)
-        .map(|term| prepare(name, &from, base.shape(), term))
-        .collect::<Result<Vec<_>>>()?;
-    let (towards, ready): (Vec<_>, Vec<_>) =
-        ready.into_iter().partition(|t| matches!(t.parts, Parts::Towards(_)));
-    let in_place = base.data() == out.data();
-    let idle = ready.is_empty() && towards.is_empty();
-    if from.rows == 0 || from.cols == 0 || (idle && in_place && from.float() == to.float()) {
-        return Ok(());
+    between(done)
+}
+
+/// A checked job, ready to run.
+struct Plan {
+    from: Rows,
+    to: Rows,
+    storage: Storage,
+    /// Whether what no term touches is in place already.
+    idle: bool,
+    products: Vec<Product>,
+    others: Vec<Ready>,
+    towards: Vec<Ready>,
+}
+
+/// A thin product, its factors as they lie in the file.
+struct Product {
+    up: Rows,
+    down: Rows,
+    scale: f32,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    _keep: [Tensor; 2],
+}
+
+/// What a thread keeps from task to task.
+#[derive(Default)]
+struct Scratch {
+    /// The left factors of all products of a cell, scaled, in panels of the kernel's height.
+    a: Aligned,
+    /// The right ones, for a block of columns, in panels of the kernel's width.
+    b: Aligned,
+    /// A panel's product, where it cannot go straight into the weight.
+    panel: Aligned,
+    row: Vec<f32>,
+    sum: Vec<f32>,
+}
+
+/// Zeros and factors that begin at a cache line.
+#[derive(Default)]
+struct Aligned(Vec<f32>);
+
+impl Aligned {
+    fn take(&mut self, len: usize) -> &mut [f32] {
+        if self.0.len() < len + 16 {
+            self.0.resize(len + 16, 0.0);
+        }
+        let at = self.0.as_ptr().align_offset(64).min(16);
+        &mut self.0[at..at + len]
     }
-    let touched = union(ready.iter().map(|t| t.cols.clone()).collect());
-    let tile = (TILE / from.cols).clamp(8, 256);
-    on_pool(|| {
-        (0..from.rows.div_ceil(tile)).into_par_iter().for_each_init(
-            || (Vec::new(), vec![0f32; from.cols], Vec::new()),
-            |(sum, row, pristine), index| {
-                let rows = index * tile..from.rows.min((index + 1) * tile);
-                accumulate(sum, &ready, &rows, &from);
-                for r in rows.clone() {
-                    let touched_row = ready.iter().chain(&towards).any(|t| t.rows.contains(&r));
-                    if from.float() == to.float() && !touched_row {
-                        if !in_place {
-                            // SAFETY: tiles are disjoint ranges of rows, and each is one task's.
-                            unsafe { to.copy_row(&from, r) };
-                        }
-                        continue;
-                    }
-                    from.read(r, row);
-                    pristine.clone_from(row);
-                    towards.iter().for_each(|t| t.replace(r, row, pristine));
-                    if !sum.is_empty() {
-                        let sum = &sum[(r - rows.start) * from.cols..][..from.cols];
-                        for range in &touched {
-                            // Where nothing is added, -0 stays -0.
-                            let both = row[range.clone()].iter_mut().zip(&sum[range.clone()]);
-                            both.for_each(|(w, s)| *w = if *s == 0.0 { *w } else { *w + s });
-                        }
-                    }
-                    // SAFETY: as above.
-                    unsafe { to.write(r, row) };
+}
+
+/// Where a product goes.
+enum Sink<'a> {
+    /// From f32 to f32, by address and distance of rows, both at the cell's first element.
+    Direct { base: (*const f32, usize), out: (*mut f32, usize), stream: bool },
+    /// Into the weight through its dtype.
+    Weight(&'a Plan),
+}
+
+impl Plan {
+    fn of(job: &Work<'_>) -> Result<Self> {
+        let Work { name, base, out, storage, terms, .. } = *job;
+        if base.shape() != out.shape() {
+            return Err(Error::Shape {
+                tensor: name.to_owned(),
+                what: "base and result differ".into(),
+                expected: base.shape().to_vec(),
+                got: out.shape().to_vec(),
+            });
+        }
+        let (from, to) = (Rows::of(base, name)?.scaled(storage.scale), Rows::of(out, name)?);
+        let idle = base.data() == out.data() && from.float() == to.float();
+        let mut plan =
+            Plan { from, to, storage, idle, products: Vec::new(), others: Vec::new(), towards: Vec::new() };
+        for term in terms.iter().filter(|term| term.strength != 0.0) {
+            let region = Region::of(name, base.shape(), term.slice)?;
+            if let Op::LowRank(op) = term.op {
+                let product = Product::of(name, op, term.coefficient(name)?, &region)?;
+                if product.down.rows > 0 {
+                    plan.products.push(product);
                 }
-            },
-        );
-    });
-    Ok(())
+                continue;
+            }
+            let ready = prepare_in(name, &plan.from, &region, term)?;
+            match ready.parts {
+                Parts::Towards(_) => plan.towards.push(ready),
+                _ => plan.others.push(ready),
+            }
+        }
+        Ok(plan)
+    }
+
+    /// Ranges of rows of about `size` elements.
+    fn tasks(&self, size: usize) -> impl Iterator<Item = (&Plan, Range<usize>)> {
+        let (rows, cols) = (self.from.rows, self.from.cols);
+        let nothing = self.products.is_empty() && self.others.is_empty() && self.towards.is_empty();
+        let end = if cols == 0 || (nothing && self.idle) { 0 } else { rows };
+        let height = (size / cols.max(1)).max(1).next_multiple_of(PANEL);
+        (0..end).step_by(height).map(move |start| (self, start..end.min(start + height)))
+    }
+
+    fn run(&self, rows: Range<usize>, scratch: &mut Scratch) {
+        if self.others.is_empty() && self.towards.is_empty() {
+            for (rows, cols, products) in self.cells(rows) {
+                match products.is_empty() {
+                    true => self.pass(rows, cols, scratch),
+                    false => multiply(&products, &rows, &cols, self.sink(&rows, &cols), scratch),
+                }
+            }
+            return;
+        }
+        let tile = (TILE / self.from.cols).clamp(8, 256);
+        let (start, end) = (rows.start, rows.end);
+        for first in (start..end).step_by(tile) {
+            self.general(first..end.min(first + tile), scratch);
+        }
+    }
+
+    /// The parts of these rows on which the same products act.
+    fn cells(&self, rows: Range<usize>) -> Vec<(Range<usize>, Range<usize>, Vec<&Product>)> {
+        let cut = |whole: &Range<usize>, parts: &mut dyn Iterator<Item = Range<usize>>| {
+            let mut at: Vec<usize> = parts.flat_map(|p| [p.start, p.end]).collect();
+            at.extend([whole.start, whole.end]);
+            at.retain(|p| (whole.start..=whole.end).contains(p));
+            at.sort_unstable();
+            at.dedup();
+            at
+        };
+        let mut cells = Vec::new();
+        for r in cut(&rows, &mut self.products.iter().map(|p| p.rows.clone())).windows(2) {
+            let here = || self.products.iter().filter(|p| p.rows.contains(&r[0]));
+            for c in cut(&(0..self.from.cols), &mut here().map(|p| p.cols.clone())).windows(2) {
+                let products = here().filter(|p| p.cols.contains(&c[0])).collect();
+                cells.push((r[0]..r[1], c[0]..c[1], products));
+            }
+        }
+        cells
+    }
+
+    fn sink(&self, rows: &Range<usize>, cols: &Range<usize>) -> Sink<'_> {
+        let at = |all: &Rows| {
+            let (data, stride) = all.as_f32()?;
+            Some((data.wrapping_add(rows.start * stride + cols.start), stride))
+        };
+        match (self.storage.scale == 1.0, at(&self.from), at(&self.to)) {
+            (true, Some((base, base_stride)), Some(out)) => {
+                let line = |n: usize| n % 64 == 0;
+                let stream = line(out.0 as usize) && line(out.1 * 4);
+                Sink::Direct { base: (base.cast_const(), base_stride), out, stream }
+            }
+            _ => Sink::Weight(self),
+        }
+    }
+
+    /// What no term touches, from base to result.
+    fn pass(&self, rows: Range<usize>, cols: Range<usize>, scratch: &mut Scratch) {
+        if self.idle {
+            return;
+        }
+        for r in rows {
+            if self.from.float() == self.to.float() {
+                // SAFETY: tasks are disjoint ranges of rows, and each is one thread's.
+                unsafe { self.to.copy_part(&self.from, r, cols.clone()) };
+            } else {
+                scratch.row.resize(cols.len(), 0.0);
+                self.from.read_stored(r, cols.start, &mut scratch.row);
+                // SAFETY: as above.
+                unsafe { self.to.write_part(r, cols.start, &scratch.row, self.storage.rounding) };
+            }
+        }
+    }
+
+    /// Rows on which not only thin products act.
+    fn general(&self, rows: Range<usize>, scratch: &mut Scratch) {
+        let cols = self.from.cols;
+        let mut sum = std::mem::take(&mut scratch.sum);
+        sum.clear();
+        sum.resize(rows.len() * cols, 0.0);
+        for t in &self.others {
+            let common = rows.start.max(t.rows.start)..rows.end.min(t.rows.end);
+            if !common.is_empty() {
+                t.add(&mut sum[(common.start - rows.start) * cols..], cols, t.cols.start, common, &self.from);
+            }
+        }
+        for (part, columns, products) in self.cells(rows.clone()) {
+            if !products.is_empty() {
+                let out = sum[(part.start - rows.start) * cols + columns.start..].as_mut_ptr();
+                let sink = Sink::Direct { base: (out.cast_const(), cols), out: (out, cols), stream: false };
+                multiply(&products, &part, &columns, sink, scratch);
+            }
+        }
+        let (mut stored, mut row, mut pristine) = (vec![0f32; cols], vec![0f32; cols], vec![0f32; cols]);
+        let scale = self.storage.scale;
+        for (r, sum) in rows.zip(sum.chunks_exact(cols)) {
+            let covers = |region: &Range<usize>| region.contains(&r);
+            let touched = self.others.iter().chain(&self.towards).any(|t| covers(&t.rows))
+                || self.products.iter().any(|p| covers(&p.rows));
+            if !touched {
+                self.pass(r..r + 1, 0..cols, scratch);
+                continue;
+            }
+            self.from.read_stored(r, 0, &mut stored);
+            pristine
+                .iter_mut()
+                .zip(&stored)
+                .for_each(|(w, v)| *w = if scale == 1.0 { *v } else { scale * v });
+            row.copy_from_slice(&pristine);
+            self.towards.iter().for_each(|t| t.replace(r, &mut row, &pristine));
+            for (((v, w), old), s) in stored.iter_mut().zip(&row).zip(&pristine).zip(sum) {
+                if *s != 0.0 || w.to_bits() != old.to_bits() {
+                    // Where nothing is added, -0 stays -0.
+                    let w = if *s == 0.0 { *w } else { w + s };
+                    *v = if scale == 1.0 { w } else { w / scale };
+                }
+            }
+            // SAFETY: tasks are disjoint ranges of rows, and each is one thread's.
+            unsafe { self.to.write_part(r, 0, &stored, self.storage.rounding) };
+        }
+        scratch.sum = sum;
+    }
+}
+
+impl Product {
+    fn of(name: &str, op: &LowRank, scale: f32, region: &Region) -> Result<Self> {
+        let here = |factor: &Tensor| match factor.device() {
+            Device::Cpu => Ok(factor.clone()),
+            Device::Cuda(_) => factor.to_f32(name).map(|values| Tensor::of_f32(values, factor.shape())),
+        };
+        let keep = [here(&op.up)?, here(&op.down)?];
+        let (up, down) = (Rows::of(&keep[0], name)?, Rows::of(&keep[1], name)?);
+        fits(name, region, [up.rows, down.cols])?;
+        let (rows, cols) = (region.rows.clone(), region.cols.clone());
+        Ok(Product { up, down, scale, rows, cols, _keep: keep })
+    }
+}
+
+/// The sum of the products on a cell, into the sink. The ranks stand side by side, so that a tile is one product.
+fn multiply(
+    products: &[&Product],
+    rows: &Range<usize>,
+    cols: &Range<usize>,
+    sink: Sink<'_>,
+    scratch: &mut Scratch,
+) {
+    let kernel = Kernel::get();
+    let (height, width) = (kernel.rows, kernel.cols);
+    let depth: usize = products.iter().map(|p| p.down.rows).sum();
+    let panels = rows.len().div_ceil(height);
+    // The panels of b should stay in the second cache beside what streams through it.
+    let most = (PANELS / depth).max(width);
+    let block = cols.len().div_ceil(cols.len().div_ceil(most)).next_multiple_of(width);
+    let Scratch { a, b, panel, row, .. } = scratch;
+    let a = a.take(panels * depth * height);
+    pack_left(products, rows, depth, height, a, row);
+    // Without the odd line every panel would begin in the same set of the first cache.
+    let step = depth * width + LINE;
+    let b = b.take(block / width * step);
+    let panel = panel.take(height * block + width);
+    // A row of zeros to add to.
+    let (zeros, panel) = panel.split_at_mut(width);
+    zeros.fill(0.0);
+    for start in cols.clone().step_by(block) {
+        let here = start..cols.end.min(start + block);
+        pack_right(products, &here, step, width, b, row);
+        for (i, a) in a.chunks_exact(depth * height).enumerate() {
+            let count = height.min(rows.len() - i * height);
+            for (j, b) in b.chunks_exact(step).take(here.len().div_ceil(width)).enumerate() {
+                let mut tile = Tile {
+                    depth,
+                    a: a.as_ptr(),
+                    b: b.as_ptr(),
+                    base: zeros.as_ptr(),
+                    base_stride: 0,
+                    out: panel[j * width..].as_mut_ptr(),
+                    out_stride: block,
+                    rows: count,
+                    stream: false,
+                    ahead: zeros.as_ptr(),
+                };
+                let place = |stride, i, j| i * height * stride + start - cols.start + j * width;
+                let wanted = width.min(here.len() - j * width);
+                if let Sink::Direct { base, out, stream } = &sink {
+                    let full = here.len() / width;
+                    let ahead = match j + AHEAD < full {
+                        true => place(base.1, i, j + AHEAD),
+                        false => place(base.1, i + 1, (j + AHEAD).saturating_sub(full)),
+                    };
+                    if wanted == width {
+                        tile.base = base.0.wrapping_add(place(base.1, i, j));
+                        tile.base_stride = base.1;
+                        tile.ahead = base.0.wrapping_add(ahead);
+                        tile.out = out.0.wrapping_add(place(out.1, i, j));
+                        tile.out_stride = out.1;
+                        tile.stream = *stream;
+                    }
+                }
+                // SAFETY: the packed factors have this size; the sink's addresses hold the cell, whose rows are this thread's.
+                unsafe { kernel.run(&tile) };
+                if let (Sink::Direct { base, out, .. }, true) = (&sink, wanted < width) {
+                    for r in 0..count {
+                        for (c, &s) in panel[r * block + j * width..][..wanted].iter().enumerate() {
+                            // SAFETY: as above.
+                            unsafe {
+                                let w = base.0.add(place(base.1, i, j) + r * base.1 + c).read_unaligned();
+                                let out = out.0.add(place(out.1, i, j) + r * out.1 + c);
+                                out.write_unaligned(if s == 0.0 { w } else { w + s });
+                            }
+                        }
+                    }
+                }
+            }
+            if let Sink::Weight(plan) = &sink {
+                row.resize(here.len(), 0.0);
+                let scale = plan.storage.scale;
+                for r in 0..count {
+                    let at = rows.start + i * height + r;
+                    plan.from.read_stored(at, start, row);
+                    let sums = &panel[r * block..][..here.len()];
+                    match scale == 1.0 {
+                        true => row
+                            .iter_mut()
+                            .zip(sums)
+                            .for_each(|(v, &s)| *v = if s == 0.0 { *v } else { *v + s }),
+                        false => row.iter_mut().zip(sums).for_each(|(v, &s)| {
+                            *v = if s == 0.0 { *v } else { (scale * *v + s) / scale };
+                        }),
+                    }
+                    // SAFETY: tasks are disjoint ranges of rows, and each is one thread's.
+                    unsafe { plan.to.write_part(at, start, row, plan.storage.rounding) };
+                }
+            }
+        }
+    }
+    kernel.finish();
+}
+
+/// The scaled left factors side by side, [rows, depth], as panels of [depth, height]; the last one filled up with zeros.
+fn pack_left(
+    products: &[&Product],
+    rows: &Range<usize>,
+    depth: usize,
+    height: usize,
+    out: &mut [f32],
+    row: &mut Vec<f32>,
+) {
+    for (i, panel) in out.chunks_exact_mut(depth * height).enumerate() {
+        for r in 0..height {
+            let at = rows.start + i * height + r;
+            let mut first = r;
+            for p in products {
+                row.clear();
+                row.resize(p.up.cols, 0.0);
+                if at < rows.end {
+                    p.up.read(at - p.rows.start, row);
+                }
+                let column = panel[first..].iter_mut().step_by(height);
+                column.zip(row.iter()).for_each(|(out, v)| *out = p.scale * v);
+                first += p.up.cols * height;
+            }
+        }
+    }
+}
+
+/// The right factors below each other, [depth, cols], as panels of [depth, width], `step` apart; the last one filled up with zeros.
+fn pack_right(
+    products: &[&Product],
+    cols: &Range<usize>,
+    step: usize,
+    width: usize,
+    out: &mut [f32],
+    row: &mut Vec<f32>,
+) {
+    row.resize(cols.len(), 0.0);
+    let mut k = 0;
+    for p in products {
+        for r in 0..p.down.rows {
+            p.down.read_stored(r, cols.start - p.cols.start, row);
+            for (panel, values) in out.chunks_exact_mut(step).zip(row.chunks(width)) {
+                let line = &mut panel[k * width..][..width];
+                line[..values.len()].copy_from_slice(values);
+                line[values.len()..].fill(0.0);
+            }
+            k += 1;
+        }
+    }
 }
 
 /// Reads a term's factors and checks that they fill its region. `base` is the pristine weight, of this shape; what needs more of it than
@@ -126,18 +507,23 @@ pub(super) fn prepare_in(name: &str, base: &Rows, region: &Region, term: &Term<'
     Ok(Ready { parts, scale, rows: region.rows.clone(), cols: region.cols.clone() })
 }
 
-/// Reads the factors of an op that works row by row.
-fn factors(name: &str, op: &Op, region: &Region) -> Result<Parts> {
-    let Region { rows, cols, shape } = region;
-    let fits = |size: [usize; 2]| match size == [rows.len(), cols.len()] {
+fn fits(name: &str, region: &Region, size: [usize; 2]) -> Result<()> {
+    let expected = [region.rows.len(), region.cols.len()];
+    match size == expected {
         true => Ok(()),
         false => Err(Error::Shape {
             tensor: name.to_owned(),
             what: "the factors do not fit".into(),
-            expected: vec![rows.len(), cols.len()],
+            expected: expected.to_vec(),
             got: size.to_vec(),
         }),
-    };
+    }
+}
+
+/// Reads the factors of an op that works row by row.
+fn factors(name: &str, op: &Op, region: &Region) -> Result<Parts> {
+    let Region { rows, cols, shape } = region;
+    let fits = |size: [usize; 2]| fits(name, region, size);
     let pair = |up: &Tensor, down: &Tensor| -> Result<Pair> {
         fits([up.shape()[0], down.shape()[1]])?;
         Ok(Pair { rank: up.shape()[1], up: up.to_f32(name)?, down: down.to_f32(name)? })
@@ -295,32 +681,224 @@ impl Ready {
     }
 }
 
-/// The sum of the terms on these rows; left empty when none touches them.
-fn accumulate(sum: &mut Vec<f32>, ready: &[Ready], rows: &Range<usize>, base: &Rows) {
-    sum.clear();
-    let cols = base.cols;
-    for t in ready {
-        let common = rows.start.max(t.rows.start)..rows.end.min(t.rows.end);
-        if common.is_empty() {
-            continue;
-        }
-        if sum.is_empty() {
-            sum.resize(rows.len() * cols, 0.0);
-        }
-        let out = &mut sum[(common.start - rows.start) * cols..];
-        t.add(out, cols, t.cols.start, common, base);
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::{Dtype, Float, Rounding};
 
-/// Overlapping or touching ranges joined, in order: what lies outside keeps its bits (also the sign of a zero).
-fn union(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
-    ranges.sort_by_key(|r| r.start);
-    let mut joined: Vec<Range<usize>> = Vec::new();
-    for range in ranges {
-        match joined.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => joined.push(range),
+    /// Values without a pattern, about 1.
+    fn noise(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed * 2 + 1;
+        let mut next = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    fn tensor(shape: &[usize], seed: u64) -> Tensor {
+        Tensor::of_f32(noise(shape.iter().product(), seed), shape)
+    }
+
+    fn low_rank(rows: usize, cols: usize, rank: usize, seed: u64) -> Op {
+        Op::LowRank(LowRank {
+            up: tensor(&[rows, rank], seed),
+            down: tensor(&[rank, cols], seed + 1),
+            scale: 0.5,
+        })
+    }
+
+    fn stored(float: Float, values: &[f32], shape: &[usize]) -> Tensor {
+        let mut bytes = vec![0u8; values.len() * float.size()];
+        float.write(values, &mut bytes);
+        Tensor::of_vec(bytes, float.dtype(), shape).unwrap()
+    }
+
+    fn merged(base: &Tensor, dtype: Dtype, storage: &Storage, terms: &[Term<'_>]) -> Vec<f32> {
+        let size = crate::dtype::byte_len(dtype, base.shape()).unwrap();
+        let out = Tensor::of_vec(vec![0xaa; size], dtype, base.shape()).unwrap();
+        merge("w", base, &out, storage, terms).unwrap();
+        out.to_f32("w").unwrap()
+    }
+
+    /// `sum` of the terms in f64.
+    fn sum(shape: [usize; 2], terms: &[Term<'_>]) -> Vec<f64> {
+        let mut sum = vec![0f64; shape[0] * shape[1]];
+        for term in terms {
+            let Op::LowRank(op) = term.op else { panic!("only thin products") };
+            let region = Region::of("w", &shape, term.slice).unwrap();
+            let (up, down) = (op.up.to_f32("w").unwrap(), op.down.to_f32("w").unwrap());
+            let (rank, width) = (op.up.shape()[1], region.cols.len());
+            for (i, r) in region.rows.clone().enumerate() {
+                for (j, c) in region.cols.clone().enumerate() {
+                    let dot: f64 =
+                        (0..rank).map(|k| f64::from(up[i * rank + k]) * f64::from(down[k * width + j])).sum();
+                    sum[r * shape[1] + c] += term.strength * op.scale * dot;
+                }
+            }
+        }
+        sum
+    }
+
+    #[test]
+    fn tiles_of_every_size_give_the_formula() {
+        for (rows, cols, rank) in
+            [(1, 1, 1), (5, 7, 3), (12, 32, 4), (13, 33, 32), (320, 36, 160), (24, 500, 400), (8, 9, 0)]
+        {
+            let (base, op) = (tensor(&[rows, cols], 1), low_rank(rows, cols, rank, 2));
+            let other = low_rank(rows, cols, 5, 9);
+            let terms = [&op, &other].map(|op| Term { op, strength: 0.75, slice: None });
+            let want = sum([rows, cols], &terms);
+            let got = merged(&base, Dtype::F32, &Storage::default(), &terms);
+            for ((got, w), s) in got.iter().zip(base.to_f32("w").unwrap()).zip(&want) {
+                let (want, bound) = (f64::from(w) + s, 1e-6 * (rank + 5) as f64);
+                assert!((f64::from(*got) - want).abs() <= bound, "{rows} x {cols}, {rank}: {got} for {want}");
+            }
+            // In place as out of place.
+            let own = stored(Float::F32, &base.to_f32("w").unwrap(), &[rows, cols]);
+            merge("w", &own, &own, &Storage::default(), &terms).unwrap();
+            assert_eq!(own.to_f32("w").unwrap(), got);
         }
     }
-    joined
+
+    #[test]
+    fn slices_touch_their_part_and_leave_the_rest_to_the_bit() {
+        use crate::view::Slice;
+        let base = stored(Float::F32, &vec![-0.0; 40 * 50], &[40, 50]);
+        let (one, two, three) = (low_rank(17, 50, 3, 1), low_rank(20, 50, 4, 5), low_rank(40, 21, 2, 7));
+        let slice = |axis, start, len| Some(Slice { axis, start, len });
+        let terms = [
+            Term { op: &one, strength: 1.0, slice: slice(0, 3, 17) },
+            Term { op: &two, strength: 0.5, slice: slice(0, 10, 20) },
+            Term { op: &three, strength: -1.0, slice: slice(1, 20, 21) },
+        ];
+        let want = sum([40, 50], &terms);
+        let got = merged(&base, Dtype::F32, &Storage::default(), &terms);
+        for (got, want) in got.iter().zip(&want) {
+            assert!((f64::from(*got) - want).abs() < 1e-5);
+            assert!(*want != 0.0 || got.to_bits() == (-0f32).to_bits());
+        }
+        let nothing = merged(&base, Dtype::F32, &Storage::default(), &[]);
+        assert!(nothing.iter().all(|w| w.to_bits() == (-0f32).to_bits()));
+    }
+
+    #[test]
+    fn every_kernel_of_this_machine_gives_the_product() {
+        for kernel in Kernel::all() {
+            let depth = 37;
+            let (a, b) = (noise(depth * kernel.rows, 3), noise(depth * kernel.cols, 4));
+            for rows in 1..=kernel.rows {
+                let stride = kernel.cols + 3;
+                let base = noise(kernel.rows * stride + 1, 5);
+                let mut out = vec![7f32; kernel.rows * stride];
+                let tile = Tile {
+                    depth,
+                    a: a.as_ptr(),
+                    b: b.as_ptr(),
+                    base: base[1..].as_ptr(),
+                    base_stride: stride,
+                    out: out.as_mut_ptr(),
+                    out_stride: stride,
+                    rows,
+                    stream: false,
+                    ahead: base.as_ptr(),
+                };
+                // SAFETY: the vectors hold what the tile says.
+                unsafe { kernel.run(&tile) };
+                for (i, got) in out.iter().enumerate() {
+                    let (r, c) = (i / stride, i % stride);
+                    let dot =
+                        |k: usize| f64::from(a[k * kernel.rows + r]) * f64::from(b[k * kernel.cols + c]);
+                    let inside = r < rows && c < kernel.cols;
+                    let want =
+                        if inside { f64::from(base[i + 1]) + (0..depth).map(dot).sum::<f64>() } else { 7.0 };
+                    assert!((f64::from(*got) - want).abs() < 1e-4, "{}: {got} for {want}", kernel.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_result_does_not_depend_on_what_is_merged_beside_it() {
+        let shapes = [(700, 900), (64, 64), (1300, 330)];
+        let weights: Vec<Tensor> = shapes.iter().map(|&(r, c)| tensor(&[r, c], 3)).collect();
+        let ops: Vec<Op> = shapes.iter().map(|&(r, c)| low_rank(r, c, 9, 6)).collect();
+        let terms: Vec<[Term<'_>; 1]> =
+            ops.iter().map(|op| [Term { op, strength: 0.3, slice: None }]).collect();
+        let outs: Vec<Tensor> =
+            shapes.iter().map(|&(r, c)| stored(Float::F32, &vec![0.0; r * c], &[r, c])).collect();
+        let job = |i: usize| Work {
+            pristine: None,
+            name: "w",
+            base: &weights[i],
+            out: &outs[i],
+            storage: Storage::default(),
+            terms: &terms[i],
+        };
+        let jobs: Vec<Work<'_>> = (0..3).map(job).collect();
+        let mut heard = Vec::new();
+        merge_all(&jobs, &mut |done| {
+            heard.push(done);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(heard, [0, 3]);
+        for (i, out) in outs.iter().enumerate() {
+            let alone = merged(&weights[i], Dtype::F32, &Storage::default(), &terms[i]);
+            assert_eq!(alone, out.to_f32("w").unwrap());
+        }
+    }
+
+    #[test]
+    fn a_scale_belongs_to_the_stored_numbers() {
+        let (shape, scale) = ([20, 70], 0.02f32);
+        let op = low_rank(20, 70, 3, 4);
+        let dense = Op::Dense(super::super::ops::Dense { diff: tensor(&shape, 8), scale: 0.25 });
+        let set = Op::Replace(super::super::ops::Replace { value: tensor(&shape, 9) });
+        for float in [Float::F32, Float::BF16, Float::E4M3, Float::E5M2] {
+            let base = stored(float, &noise(1400, 2), &shape);
+            let codes = base.to_f32("w").unwrap();
+            for rounding in [Rounding::Nearest, Rounding::Stochastic { seed: 99 }] {
+                let storage = Storage { scale, rounding };
+                for others in [vec![], vec![&dense], vec![&set]] {
+                    let ops = [vec![&op], others].concat();
+                    let terms: Vec<Term<'_>> =
+                        ops.iter().map(|op| Term { op, strength: 0.01, slice: None }).collect();
+                    // The same on the real values, in f32.
+                    let real: Vec<f32> = codes.iter().map(|v| scale * v).collect();
+                    let real = Tensor::of_f32(real, &shape);
+                    let sums = merged(&real, Dtype::F32, &Storage::default(), &terms);
+                    let want: Vec<f32> = sums.iter().map(|w| w / scale).collect();
+                    let mut bytes = vec![0u8; 1400 * float.size()];
+                    float.write_rounded(&want, &mut bytes, rounding, 0);
+                    let want = Tensor::of_vec(bytes, float.dtype(), &shape).unwrap().to_f32("w").unwrap();
+                    assert_eq!(
+                        merged(&base, float.dtype(), &storage, &terms),
+                        want,
+                        "{float:?} {rounding:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn weights_of_8_bits_keep_every_code_where_nothing_is_added() {
+        let zero = Op::LowRank(LowRank {
+            up: Tensor::of_f32(vec![0.0; 16 * 2], &[16, 2]),
+            down: tensor(&[2, 16], 1),
+            scale: 1.0,
+        });
+        for float in [Float::E4M3, Float::E5M2] {
+            let all: Vec<u8> = (0..=255).collect();
+            let base = Tensor::of_vec(all.clone(), float.dtype(), &[16, 16]).unwrap();
+            let out = Tensor::of_vec(vec![1; 256], float.dtype(), &[16, 16]).unwrap();
+            for rounding in [Rounding::Nearest, Rounding::Stochastic { seed: 3 }] {
+                let storage = Storage { scale: 0.3, rounding };
+                let terms = [Term { op: &zero, strength: 1.0, slice: None }];
+                merge("w", &base, &out, &storage, &terms).unwrap();
+                assert_eq!(out.bytes().unwrap(), all);
+            }
+        }
+    }
 }

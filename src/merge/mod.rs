@@ -6,6 +6,7 @@ mod checksum;
 pub mod cpu;
 pub mod cuda;
 pub mod gemm;
+mod kernel;
 pub mod ops;
 pub mod plan;
 pub mod restore;
@@ -56,11 +57,7 @@ pub fn merge_all(
     let total = jobs.len() as u64;
     progress.at(0, total)?;
     let Device::Cuda(index) = device else {
-        for (done, job) in jobs.iter().enumerate() {
-            progress.at(done as u64, total)?;
-            cpu::merge(job.name, job.base, job.out, job.terms)?;
-        }
-        return progress.at(total, total);
+        return cpu::merge_all(jobs, &mut |done| progress.at(done as u64, total));
     };
     match fused(index) {
         Ok(gpu) => {

@@ -2,6 +2,7 @@
 //!
 //! The executors (`cpu.rs`, `torch.rs`) know these and nothing of algorithms.
 
+pub use crate::dtype::Rounding;
 use crate::error::{Error, Result};
 use crate::view::{Slice, Tensor};
 use std::ops::Range;
@@ -275,9 +276,9 @@ impl Stage {
 /// How a weight lies in memory: its real value is `scale` times the stored number; how a result is rounded into it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Storage {
-    /// 1 for all but scaled 8-bit weights.
+    /// What the stored numbers are multiplied with; neither 0 nor infinite.
     pub scale: f32,
-    /// Of the result.
+    /// Matters for dtypes of 8 bits; others are rounded to nearest.
     pub rounding: Rounding,
 }
 
@@ -287,17 +288,12 @@ impl Default for Storage {
     }
 }
 
-/// How a result is rounded into its weight's dtype.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Rounding {
-    /// To nearest even.
-    #[default]
-    Nearest,
-    /// Up with the probability of the distance, for 8-bit weights; others are rounded to nearest.
-    Stochastic {
-        /// The same seed gives the same bits.
-        seed: u32,
-    },
+/// The seed of a weight's stochastic rounding: the CRC-32 of its name, as ComfyUI takes it, with the user's seed on top. So each weight has
+/// noise of its own, the same wherever it stands among the others.
+pub fn seed_of(name: &str, seed: u32) -> u32 {
+    let step = |crc: u32, _| (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg());
+    let crc = name.bytes().fold(!0u32, |crc, byte| (0..8).fold(crc ^ u32::from(byte), step));
+    !crc ^ seed
 }
 
 /// One op at one strength on all of a target or on a slice of it.

@@ -1,13 +1,14 @@
 //! Targets + adapters + strengths: apply, change, restore.
 
 use super::bypass::Geometry;
-use super::ops::{Region, Storage, Term};
+use super::ops::{seed_of, Region, Storage, Term};
 use super::plan::{Binding, Rules, Strengths};
 use super::restore::{Backup, BackupPlace};
 use super::{Prepared, Work};
 use crate::adapter::Adapter;
 use crate::cuda::Stream;
 use crate::dtype::Float;
+use crate::dtype::Rounding;
 use crate::error::{Error, Result};
 use crate::names::Index;
 use crate::progress::Progress;
@@ -33,6 +34,8 @@ pub struct Stack {
     place: BackupPlace,
     /// Where the last copies went, and why.
     placed: Option<(BackupPlace, String)>,
+    /// Of stochastic rounding, if that is wanted.
+    seed: Option<u32>,
     self_check: bool,
     prepared: Prepared,
     rules: Rules,
@@ -41,6 +44,7 @@ pub struct Stack {
 struct Target {
     name: String,
     weight: View,
+    storage: Storage,
     backup: Option<Backup>,
     /// What the live weight holds: (adapter, index into its binding, strength).
     applied: Vec<(AdapterId, usize, f64)>,
@@ -74,6 +78,7 @@ impl Stack {
             next: 1,
             place,
             placed: None,
+            seed: None,
             self_check: false,
             prepared: Prepared::default(),
             rules: Rules::default(),
@@ -108,7 +113,9 @@ impl Stack {
         }
         let index = self.targets.len();
         self.by_name.insert(name.to_owned(), index);
-        self.targets.push(Target { name: name.to_owned(), weight, backup: None, applied: Vec::new() });
+        let storage = self.storage(name);
+        let name = name.to_owned();
+        self.targets.push(Target { name, weight, storage, backup: None, applied: Vec::new() });
         self.index = None;
         Ok(index)
     }
@@ -185,6 +192,47 @@ impl Stack {
     pub fn report(&mut self, id: AdapterId) -> Result<serde_json::Value> {
         let at = self.entry(id)?;
         Ok(report::json(&self.entries[at].adapter, Some(&self.entries[at].binding)))
+    }
+
+    fn storage(&self, name: &str) -> Storage {
+        let rounding =
+            self.seed.map_or(Rounding::Nearest, |seed| Rounding::Stochastic { seed: seed_of(name, seed) });
+        Storage { rounding, ..Storage::default() }
+    }
+
+    /// Results in weights of 8 bits are rounded stochastically with this seed, or to nearest. All before the first adapter.
+    pub fn set_rounding(&mut self, seed: Option<u32>) -> Result<()> {
+        self.before_adapters("the rounding is set")?;
+        self.seed = seed;
+        for i in 0..self.targets.len() {
+            let rounding = self.storage(&self.targets[i].name).rounding;
+            self.targets[i].storage.rounding = rounding;
+        }
+        Ok(())
+    }
+
+    /// The real weight is `scale` times what is stored; for weights of 8 bits. Before the first adapter.
+    pub fn set_scale(&mut self, target: &str, scale: f32) -> Result<()> {
+        self.before_adapters("a scale is set")?;
+        let at = self.target(target)?;
+        let target = &mut self.targets[at];
+        if !(scale.is_finite() && scale != 0.0) {
+            let what = format!("`{}`: scale is {scale}", target.name);
+            return Err(Error::argument(what, "pass the number that the stored weight is multiplied with"));
+        }
+        if scale != 1.0 && !Float::of(target.weight.dtype()).is_some_and(Float::is_eight_bits) {
+            let what = format!("`{}` is {} and has a scale", target.name, target.weight.dtype());
+            return Err(Error::argument(what, "only weights of 8 bits have one"));
+        }
+        target.storage.scale = scale;
+        Ok(())
+    }
+
+    fn before_adapters(&self, what: &str) -> Result<()> {
+        match self.entries.is_empty() {
+            true => Ok(()),
+            false => Err(Error::argument(format!("{what} after the first adapter"), "do it before")),
+        }
     }
 
     /// Whether every weight that gets its base back is compared with a checksum taken before it was first changed.
@@ -328,17 +376,10 @@ impl Stack {
             .iter()
             .zip(&terms)
             .filter_map(|(&i, terms)| {
-                let Target { name, weight, backup, .. } = &self.targets[i];
+                let Target { name, weight, backup, storage, .. } = &self.targets[i];
                 let backup = backup.as_ref()?;
                 let pristine = Some(backup.number());
-                Some(Work {
-                    name,
-                    base: backup.view(),
-                    out: weight,
-                    storage: Storage::default(),
-                    terms,
-                    pristine,
-                })
+                Some(Work { name, base: backup.view(), out: weight, storage: *storage, terms, pristine })
             })
             .collect();
         super::merge_all(device, stream, &jobs, &mut self.prepared, progress)?;

@@ -24,11 +24,11 @@ pub fn matrix(module: &str, tensor: &Tensor) -> Result<Matrix> {
     Ok(Matrix::new(tensor.to_f32(module)?, rows, tensor.count() / rows.max(1)))
 }
 
-/// The dtype in which a module's results are kept when nobody asks for another: that of its tensors, f32 where they differ.
+/// The dtype in which a module's results are kept when nobody asks for another: that of its tensors, f32 where they differ or have 8 bits.
 pub fn float_of<'a>(tensors: impl Iterator<Item = &'a Tensor>) -> Float {
     let mut floats = tensors.filter(|t| t.count() > 1).filter_map(|t| Float::of(t.dtype()));
     let first = floats.next().unwrap_or(Float::F32);
-    if floats.all(|f| f == first) {
+    if floats.all(|f| f == first) && !first.is_eight_bits() {
         first
     } else {
         Float::F32
@@ -158,7 +158,7 @@ pub fn sum(name: &str, shape: &[usize], terms: &[Term<'_>], base: Option<&Tensor
     let mut values = vec![0f32; count];
     // SAFETY: the view shows `values`, which is neither moved nor touched until the merge is done.
     let out = unsafe { View::from_raw(values.as_mut_ptr().cast(), Device::Cpu, Dtype::F32, shape, None)? };
-    cpu::merge(name, pristine.view(), &out, terms)?;
+    cpu::merge(name, pristine.view(), &out, &Default::default(), terms)?;
     if let Some(start) = start {
         values.iter_mut().zip(&start).for_each(|(v, w)| *v -= w);
     }

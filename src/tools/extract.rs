@@ -170,7 +170,7 @@ fn pairs<'a>(tuned: &'a File, base: &'a File, options: &Options) -> Result<(Vec<
             skip(format!("its shape is {:?}, the base's {:?}", entry.shape, other.shape));
             continue;
         }
-        if Float::of(entry.dtype).is_none() || Float::of(other.dtype).is_none() {
+        if Float::wide(entry.dtype).is_none() || Float::wide(other.dtype).is_none() {
             skip(format!(
                 "its dtype is {}, the base's {}; fp32, fp16 and bf16 are compared",
                 entry.dtype, other.dtype

@@ -363,7 +363,7 @@ impl<'a> Recipe<'a> {
 
     fn multiplied(&self, key: String, tensor: &Tensor, factor: f64) -> Result<Part> {
         if factor == 1.0
-            && (Float::of(tensor.dtype()) == Some(self.float) || Float::of(tensor.dtype()).is_none())
+            && (Float::of(tensor.dtype()) == Some(self.float) || Float::wide(tensor.dtype()).is_none())
         {
             return Ok(Part::kept(key, tensor));
         }

@@ -217,7 +217,7 @@ fn resized(
     if new >= old {
         return copy("needs all its ranks");
     }
-    let float = |own: &Tensor| options.dtype.or_else(|| Float::of(own.dtype())).unwrap_or(Float::F32);
+    let float = |own: &Tensor| options.dtype.or_else(|| Float::wide(own.dtype())).unwrap_or(Float::F32);
     let coarsest = if float(up) == Float::F32 { float(down) } else { float(up) };
     let mut pair = padded(svd.cut(new), new);
     if coarsest == Float::F16 {

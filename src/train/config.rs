@@ -205,7 +205,7 @@ impl Config {
     /// The compute dtype by its name in a configuration.
     pub(crate) fn precision_name(&self) -> &'static str {
         match self.mixed_precision {
-            Float::F32 => "no",
+            Float::F32 | Float::E4M3 | Float::E5M2 => "no",
             Float::BF16 => "bf16",
             Float::F16 => "fp16",
         }

@@ -189,6 +189,8 @@ pub fn kind(float: Float) -> Kind {
         Float::F32 => Kind::Float,
         Float::F16 => Kind::Half,
         Float::BF16 => Kind::BFloat16,
+        Float::E4M3 => Kind::Float8e4m3fn,
+        Float::E5M2 => Kind::Float8e5m2,
     }
 }
 

@@ -7,7 +7,7 @@ use lycore::dtype::Float;
 use lycore::merge::bypass::{self, Geometry};
 use lycore::merge::cpu;
 use lycore::merge::ops::Term;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::TensorView;
 
 /// A matrix in f64.
 #[derive(Clone)]
@@ -529,11 +529,7 @@ const NAME: &str = "lora_unet_layer";
 
 /// The bytes of a file with this module.
 fn file(module: &Module, float: Float) -> Vec<u8> {
-    let dtype = match float {
-        Float::F32 => Dtype::F32,
-        Float::F16 => Dtype::F16,
-        Float::BF16 => Dtype::BF16,
-    };
+    let dtype = float.dtype();
     let bytes: Vec<_> = module
         .tensors
         .iter()
@@ -559,7 +555,7 @@ fn apply(
     let terms: Vec<Term<'_>> = ops.iter().map(|op| Term { op, strength, slice: None }).collect();
     let mut merged = base.to_vec();
     let target = view(&mut merged, float, &l.shape);
-    cpu::merge("w", &target, &target, &terms).expect("merge");
+    cpu::merge("w", &target, &target, &Default::default(), &terms).expect("merge");
     // An input as large as the kernel: one output, the sum over the whole weight.
     let (x_shape, y_shape) = match l.kernel().is_empty() {
         true => (vec![2, l.inner], vec![2, l.out]),

@@ -374,7 +374,7 @@ fn host_copy(name: &str, bytes: &mut [u8], dtype: Dtype, to: &View) -> Result<()
     if dtype == to.dtype() {
         return super::restore::copy(name, &from, to);
     }
-    super::cpu::merge(name, &from, to, &[])
+    super::cpu::merge(name, &from, to, &Storage::default(), &[])
 }
 
 /// Copies weights of the same shape and dtype, bit for bit, whatever their strides: (name, from, to). One side may be in host memory.

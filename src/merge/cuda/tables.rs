@@ -8,6 +8,8 @@ pub(super) fn dtype(float: Float) -> u32 {
         Float::F32 => 0,
         Float::F16 => 1,
         Float::BF16 => 2,
+        Float::E4M3 => 3,
+        Float::E5M2 => 4,
     }
 }
 
@@ -17,6 +19,8 @@ pub(super) fn name(float: Float) -> &'static str {
         Float::F32 => "f32",
         Float::F16 => "f16",
         Float::BF16 => "bf16",
+        Float::E4M3 => "e4m3",
+        Float::E5M2 => "e5m2",
     }
 }
 

@@ -100,7 +100,7 @@ fn applied(adapter: &Adapter, host: &Weights) -> Vec<Vec<f32>> {
         let mut out = vec![0f32; base.count()];
         // SAFETY: the view shows `out`, which is not touched while it lives.
         let view = unsafe { View::from_raw(out.as_mut_ptr().cast(), Device::Cpu, Dtype::F32, shape, None) };
-        cpu::merge(name, &base, &view.unwrap(), &terms).unwrap();
+        cpu::merge(name, &base, &view.unwrap(), &Default::default(), &terms).unwrap();
         result.push(out);
     }
     result
