@@ -53,6 +53,12 @@
 // kDLBfloat: 16 bits
 #define LYCORE_DTYPE_BFLOAT 4
 
+// kDLFloat8_e4m3fn: 8 bits, without infinities, at most 448
+#define LYCORE_DTYPE_FLOAT8_E4M3FN 10
+
+// kDLFloat8_e5m2: 8 bits, at most 57344
+#define LYCORE_DTYPE_FLOAT8_E5M2 12
+
 // The most axes that a tensor may have.
 #define LYCORE_MAX_DIMS 16
 
@@ -70,6 +76,15 @@
 
 // Keep the pristine weights in host memory.
 #define LYCORE_BACKUP_HOST 1
+
+// Keep them on the device where there is room for them, else in host memory; lycore_stack_info says which and why.
+#define LYCORE_BACKUP_AUTO 2
+
+// Results are rounded to nearest even.
+#define LYCORE_ROUNDING_NEAREST 0
+
+// Results in weights of 8 bits are rounded up or down with the probability of the distance; others to nearest.
+#define LYCORE_ROUNDING_STOCHASTIC 1
 
 // lycore_network_buffer: the fp32 parameters, flat.
 #define LYCORE_BUFFER_PARAMETERS 0
@@ -167,7 +182,7 @@ typedef struct lycore_device {
 typedef struct lycore_dtype {
   // One of LYCORE_DTYPE_*.
   uint8_t code;
-  // Bits per element: 16 or 32 for the floating-point weights that this version computes with.
+  // Bits per element: 8, 16 or 32 for the floating-point weights that this version computes with.
   uint8_t bits;
   // 1.
   uint16_t lanes;
@@ -450,13 +465,14 @@ lycore_status lycore_adapter_prefix(const struct lycore_adapter *adapter,
 // Frees the handle. NULL is accepted; a second free returns LYCORE_BAD_HANDLE and does nothing. Stacks that use the adapter keep it.
 lycore_status lycore_adapter_free(struct lycore_adapter *adapter);
 
-// A new stack without weights and adapters. `backup` is LYCORE_BACKUP_DEVICE or LYCORE_BACKUP_HOST.
+// A new stack without weights and adapters. `backup` is LYCORE_BACKUP_DEVICE, LYCORE_BACKUP_HOST or
+// LYCORE_BACKUP_AUTO.
 //
 // # Safety
 // `out` may be written. `error` is NULL or may be written.
 lycore_status lycore_stack_new(int32_t backup, struct lycore_stack **out, struct lycore_error **error);
 
-// Registers a weight: fp32, fp16 or bf16, any strides, [out, in] or [out, in / groups, kernel..], under the host's own name (with or
+// Registers a weight: fp32, fp16, bf16 or fp8 (see lycore_stack_set_scale), any strides, [out, in] or [out, in / groups, kernel..], under the host's own name (with or
 // without ".weight"); or a layer's bias [out], under a name that ends in ".bias"; or a norm's weight [channels]. All weights come before the first adapter. The memory must stay valid until the stack is freed; apply and restore
 // write it, and from the first apply until restore its content is the stack's: what the host writes meanwhile is lost. The same memory can be
 // registered once; ranges that overlap in part, and two stacks on one weight, are the caller's to avoid.
@@ -487,6 +503,46 @@ lycore_status lycore_stack_add_alias(struct lycore_stack *stack,
 lycore_status lycore_stack_allow_other_families(struct lycore_stack *stack,
                                                 int32_t allow,
                                                 struct lycore_error **error);
+
+// How results are rounded into weights of 8 bits: LYCORE_ROUNDING_NEAREST (the default) or LYCORE_ROUNDING_STOCHASTIC. Either way beyond the
+// largest number of the dtype it is that number. A weight's noise depends on `seed`, on its name and on nothing else: the same strengths give
+// the same bits. Comes before the first adapter.
+//
+// # Safety
+// `error` is NULL or may be written.
+lycore_status lycore_stack_set_rounding(struct lycore_stack *stack,
+                                        int32_t rounding,
+                                        uint32_t seed,
+                                        struct lycore_error **error);
+
+// The real weight `target`, of 8 bits, is `scale` times what is stored; so is what is written. 1 by default. Comes before the first adapter.
+//
+// # Safety
+// `target` is a NUL-terminated UTF-8 string. `error` is NULL or may be written.
+lycore_status lycore_stack_set_scale(struct lycore_stack *stack,
+                                     const char *target,
+                                     float scale,
+                                     struct lycore_error **error);
+
+// Whether every weight that gets its base back is compared with a checksum that was taken before it was first changed (`on` not 0; off by
+// default). A difference is LYCORE_BACKEND with the names: something else wrote the weight or its copy. Costs a read of every changed weight, and
+// the calls wait for it. Takes effect with the next copies.
+//
+// # Safety
+// `error` is NULL or may be written.
+lycore_status lycore_stack_self_check(struct lycore_stack *stack,
+                                      int32_t on,
+                                      struct lycore_error **error);
+
+// What the stack holds and how it works, as JSON: {"device": "cuda:0", "executor": "kernels", "libtorch" or "cpu", "targets": n, "adapters": n,
+// "backup": null before the first apply, else {"mode": "device" or "host", "why": text, "weights": n, "bytes": n}, "self_check": bool}.
+// `json` becomes a text that the caller frees with lycore_text_free.
+//
+// # Safety
+// `json` may be written. `error` is NULL or may be written.
+lycore_status lycore_stack_info(struct lycore_stack *stack,
+                                char **json,
+                                struct lycore_error **error);
 
 // Puts an adapter on the stack and gives it a number in `id`. `strengths` may be NULL: 1 everywhere. Takes effect with the next apply.
 // An adapter of which no module finds its weight is LYCORE_KEY. The handle may be freed afterwards.

@@ -23,6 +23,7 @@ WIDTH = 120
 SCALARS = {
     "bool": "c_bool",
     "double": "c_double",
+    "float": "c_float",
     "int32_t": "c_int32",
     "int64_t": "c_int64",
     "uint8_t": "c_uint8",

@@ -10,6 +10,7 @@ from ctypes import (
     c_bool,
     c_char_p,
     c_double,
+    c_float,
     c_int32,
     c_int64,
     c_uint8,
@@ -26,12 +27,17 @@ LYCORE_DTYPE_INT = 0
 LYCORE_DTYPE_UINT = 1
 LYCORE_DTYPE_FLOAT = 2
 LYCORE_DTYPE_BFLOAT = 4
+LYCORE_DTYPE_FLOAT8_E4M3FN = 10
+LYCORE_DTYPE_FLOAT8_E5M2 = 12
 LYCORE_MAX_DIMS = 16
 LYCORE_VERSION_MAJOR = 0
 LYCORE_VERSION_MINOR = 1
 LYCORE_VERSION_PATCH = 0
 LYCORE_BACKUP_DEVICE = 0
 LYCORE_BACKUP_HOST = 1
+LYCORE_BACKUP_AUTO = 2
+LYCORE_ROUNDING_NEAREST = 0
+LYCORE_ROUNDING_STOCHASTIC = 1
 LYCORE_BUFFER_PARAMETERS = 0
 LYCORE_BUFFER_GRADIENTS = 1
 
@@ -232,6 +238,14 @@ def declare(library: CDLL) -> None:
     library.lycore_stack_add_alias.argtypes = [c_void_p, c_char_p, c_char_p, POINTER(lycore_slice), POINTER(c_void_p)]
     library.lycore_stack_allow_other_families.restype = c_int32
     library.lycore_stack_allow_other_families.argtypes = [c_void_p, c_int32, POINTER(c_void_p)]
+    library.lycore_stack_set_rounding.restype = c_int32
+    library.lycore_stack_set_rounding.argtypes = [c_void_p, c_int32, c_uint32, POINTER(c_void_p)]
+    library.lycore_stack_set_scale.restype = c_int32
+    library.lycore_stack_set_scale.argtypes = [c_void_p, c_char_p, c_float, POINTER(c_void_p)]
+    library.lycore_stack_self_check.restype = c_int32
+    library.lycore_stack_self_check.argtypes = [c_void_p, c_int32, POINTER(c_void_p)]
+    library.lycore_stack_info.restype = c_int32
+    library.lycore_stack_info.argtypes = [c_void_p, POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_stack_add_adapter.restype = c_int32
     library.lycore_stack_add_adapter.argtypes = [
         c_void_p,
