@@ -103,15 +103,17 @@ class Stack(Closable):
     strengths count and never what was applied before.
 
     `weights` are [out, in] or [out, in / groups, kernel..], under the host's own names: a mapping of names to torch
-    tensors (CPU or CUDA; float32, float16, bfloat16, float8_e4m3fn, float8_e5m2) or writable numpy arrays, or a torch.nn.Module, of which every
-    floating-point parameter is taken, biases and norms too. Their memory is used in place and kept alive; do not move
-    a model while a stack is on it. `backup` says where the pristine copies are kept: on the weights' "device", on
-    the "host", or "auto": on the device where there is room; `info` says which and why. With `self_check` every weight
-    that is restored is compared with a checksum of what it was. Results in float8 weights are rounded to "nearest" or,
-    with `rounding="stochastic"`, by chance in proportion to the distance, the same for the same `seed`; `scales` says
-    for which of them the real weight is a number times the stored one. `aliases` maps spellings of adapter files to a weight's name, or to (name, axis, start, length) for a
-    part of it, and wins over the built-in rules. An adapter made for another family of models is refused by `add`,
-    unless all of it fits or `other_families` is true.
+    tensors (CPU or CUDA; float32, float16, bfloat16, float8_e4m3fn, float8_e5m2) or writable numpy arrays, or a
+    torch.nn.Module, of which every floating-point parameter of 16 or 32 bits is taken, biases and norms too. Their
+    memory is used in place and kept alive; do not move a model while a stack is on it.
+
+    `backup` says where the pristine copies are kept: on the weights' "device", on the "host", or "auto": on the device
+    where there is room; `info` says which and why. With `self_check` every weight that is restored is compared with a
+    checksum of what it was. Results in float8 weights are rounded to "nearest" or, with `rounding="stochastic"`, up or
+    down with the probability of the distance, the same for the same `seed`; `scales` says for which of them the real
+    weight is a number times the stored one. `aliases` maps spellings of adapter files to a weight's name, or to (name,
+    axis, start, length) for a part of it, and wins over the built-in rules. An adapter made for another family of
+    models is refused by `add`, unless all of it fits or `other_families` is true.
 
     As a context manager it gives the weights their base back at the end. One call at a time; a second thread gets
     BusyError.

@@ -240,10 +240,10 @@ fn without_graph<T>(work: impl FnOnce() -> T) -> T {
 pub fn backup(weight: &View, place: BackupPlace) -> Result<(View, Owned)> {
     let source = blob(weight)?;
     let copy = match place {
-        BackupPlace::Device => packed(&source, source.device())?,
+        BackupPlace::Device | BackupPlace::Auto => packed(&source, source.device())?,
         BackupPlace::Host => packed(&source, tch::Device::Cpu)?,
     };
-    let device = if place == BackupPlace::Device { weight.device() } else { Device::Cpu };
+    let device = if place == BackupPlace::Host { Device::Cpu } else { weight.device() };
     // SAFETY: the memory of `copy`, which the caller keeps beside the view.
     let view =
         unsafe { View::from_raw(copy.data_ptr().cast(), device, weight.dtype(), weight.shape(), None)? };
