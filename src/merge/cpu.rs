@@ -79,13 +79,17 @@ pub fn merge(name: &str, base: &View, out: &View, storage: &Storage, terms: &[Te
     merge_all(&[work], &mut |_| Ok(()))
 }
 
-/// Merges many weights, faster than one after the other: the threads share the work of several. `between` hears, now and then and at the end,
-/// how many are done; its error stops the work. After an error each weight is merged or untouched or, if it was being written, neither.
+/// Merges many weights, faster than one after the other: the threads share the work of several. `between` hears, at first and
+/// after each but the last, how many are done; its error stops the work. After an error each weight is merged or untouched or, if it was being
+/// written, neither.
 pub fn merge_all(jobs: &[Work<'_>], between: &mut dyn FnMut(usize) -> Result<()>) -> Result<()> {
     let threads = threads();
-    let (mut done, mut at) = (0, 0);
+    let mut at = 0;
+    if !jobs.is_empty() {
+        between(0)?;
+    }
     while at < jobs.len() {
-        between(done)?;
+        let first = at;
         let mut plans = Vec::new();
         let (mut elements, mut whole) = (0, 0);
         while at < jobs.len() && elements < GROUP * threads && whole < WHOLE {
@@ -102,9 +106,10 @@ pub fn merge_all(jobs: &[Work<'_>], between: &mut dyn FnMut(usize) -> Result<()>
             let tasks = tasks.into_par_iter().with_max_len(1);
             tasks.for_each_init(Scratch::default, |scratch, (plan, rows)| plan.run(rows, scratch));
         });
-        done = at;
+        // Those of one group end together; the last of all is the caller's to tell.
+        (first + 1..=at).filter(|&done| done < jobs.len()).try_for_each(&mut *between)?;
     }
-    between(done)
+    Ok(())
 }
 
 /// A checked job, ready to run.

@@ -17,7 +17,6 @@ mod whole;
 
 use crate::cuda::{Gpu, Stream};
 use crate::error::{Error, Result};
-use crate::progress::Progress;
 use crate::view::{Device, View};
 
 /// Where prepared factors wait between two merges: on a device they are worth keeping, in host memory they are where the file is.
@@ -45,40 +44,33 @@ pub struct Work<'a> {
 }
 
 /// `out = base + sum of terms` for every job, computed on `device`, wherever the two are. On a GPU the work is enqueued on `stream`.
-/// Progress counts jobs.
+/// `between` hears, now and then and at first, how many jobs are done; its error stops the work.
 pub fn merge_all(
     device: Device,
     stream: Stream,
     jobs: &[Work<'_>],
     prepared: &mut Prepared,
-    progress: &mut Progress<'_>,
+    between: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<()> {
     jobs.iter().try_for_each(|job| check_target(job.name, job.out))?;
-    let total = jobs.len() as u64;
-    progress.at(0, total)?;
-    let Device::Cuda(index) = device else {
-        return cpu::merge_all(jobs, &mut |done| progress.at(done as u64, total));
-    };
+    let Device::Cuda(index) = device else { return cpu::merge_all(jobs, between) };
     match fused(index) {
         Ok(gpu) => {
-            gpu.on(stream, |queue| cuda::merge_from_anywhere(queue, jobs, &mut prepared.cuda, progress))?
+            gpu.on(stream, |queue| cuda::merge_from_anywhere(queue, jobs, &mut prepared.cuda, between))
         }
         #[cfg(feature = "torch")]
-        Err(_) => {
-            for (done, job) in jobs.iter().enumerate() {
-                progress.at(done as u64, total)?;
-                torch::merge(index, job.name, job.base, job.out, job.terms, &mut prepared.torch)?;
-            }
-        }
+        Err(_) => jobs.iter().enumerate().try_for_each(|(done, job)| {
+            between(done)?;
+            torch::merge(index, job.name, job.base, job.out, job.terms, &mut prepared.torch)
+        }),
         #[cfg(not(feature = "torch"))]
-        Err(e) => return Err(e),
+        Err(e) => Err(e),
     }
-    progress.at(total, total)
 }
 
 /// As [`merge_all`] for one job, where its result is.
 pub fn merge(stream: Stream, job: &Work<'_>, prepared: &mut Prepared) -> Result<()> {
-    merge_all(job.out.device(), stream, std::slice::from_ref(job), prepared, &mut Progress::none())
+    merge_all(job.out.device(), stream, std::slice::from_ref(job), prepared, &mut |_| Ok(()))
 }
 
 /// The device, if this library has kernels for it; else why not. With libtorch, that is asked instead.

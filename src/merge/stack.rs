@@ -297,13 +297,18 @@ impl Stack {
         let mut devices: Vec<Device> = due.iter().map(|&i| self.targets[i].weight.device()).collect();
         devices.sort_by_key(|device| format!("{device}"));
         devices.dedup();
+        let mut done = 0;
         for device in devices {
             let here = |&i: &usize| self.targets[i].weight.device() == device;
             let (merged, bare): (Vec<usize>, Vec<usize>) =
                 due.iter().copied().filter(here).partition(|&i| !wanted[i].is_empty());
             self.give_back(&bare, stream)?;
             self.take_backups(&merged, stream)?;
-            self.merge(device, &merged, &wanted, stream, progress)?;
+            done += bare.len();
+            self.merge(device, &merged, &wanted, stream, &mut |n| {
+                progress.at((done + n) as u64, due.len() as u64)
+            })?;
+            done += merged.len();
         }
         progress.at(due.len() as u64, due.len() as u64)?;
         Ok(Applied { changed: due.len(), kept })
@@ -356,7 +361,7 @@ impl Stack {
         targets: &[usize],
         wanted: &[Vec<(AdapterId, usize, f64)>],
         stream: Stream,
-        progress: &mut Progress<'_>,
+        between: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<()> {
         for &i in targets {
             // Until it is written whole, the weight holds nothing that could be wanted.
@@ -382,7 +387,7 @@ impl Stack {
                 Some(Work { name, base: backup.view(), out: weight, storage: *storage, terms, pristine })
             })
             .collect();
-        super::merge_all(device, stream, &jobs, &mut self.prepared, progress)?;
+        super::merge_all(device, stream, &jobs, &mut self.prepared, between)?;
         for &i in targets {
             self.targets[i].applied.clone_from(&wanted[i]);
         }

@@ -14,7 +14,6 @@ use super::Work;
 use crate::cuda::{Arg, Buffer, Gpu, Queue};
 use crate::dtype::{byte_len, Dtype, Float};
 use crate::error::{Error, Result};
-use crate::progress::Progress;
 use crate::view::{row_major, Device, View};
 use derived::Computed;
 use factors::{Factors, Wanted};
@@ -268,20 +267,21 @@ pub fn merge_from_anywhere(
     queue: &Queue,
     jobs: &[Work<'_>],
     kept: &mut Kept,
-    progress: &mut Progress<'_>,
+    between: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<()> {
     let here = |view: &View| view.device() != Device::Cpu;
     if jobs.iter().all(|job| here(job.base) && here(job.out)) {
+        between(0)?;
         return merge(queue, jobs, kept);
     }
-    let (mut first, total) = (0, jobs.len() as u64);
+    let mut first = 0;
     while first < jobs.len() {
         let (mut size, mut end) = (0usize, first);
         while end < jobs.len() && (end == first || size < BATCH) {
             size += jobs[end].base.byte_len();
             end += 1;
         }
-        progress.at(first as u64, total)?;
+        between(first)?;
         merge_through_scratch(queue, &jobs[first..end], kept)?;
         first = end;
     }
@@ -391,7 +391,7 @@ pub fn copy(queue: &Queue, pairs: &[(&str, &View, &View)]) -> Result<()> {
         }
     }
     merge(queue, &jobs, &mut Kept::default())?;
-    merge_from_anywhere(queue, &rest, &mut Kept::default(), &mut Progress::none())
+    merge_from_anywhere(queue, &rest, &mut Kept::default(), &mut |_| Ok(()))
 }
 
 /// The checksums of weights on this device; see `checksum.rs`. Waits for the stream.
