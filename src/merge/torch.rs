@@ -3,7 +3,7 @@
 //! Sums run in fp32 with TF32 off (`torch_ext::Scope` around every call from outside) and are rounded once by the final copy.
 
 use super::bypass::{self, Geometry, Layout};
-use super::ops::{Op, Region, Rotate, Term};
+use super::ops::{LowRank, Op, Region, Rotate, Term};
 use super::restore::BackupPlace;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -13,20 +13,37 @@ use tch::{Kind, Tensor as Torch};
 
 /// fp32 copies of factors on their device, so that a change of strength moves no factor again.
 #[derive(Default)]
-pub struct Factors(HashMap<(usize, usize), (Tensor, Torch)>);
+pub struct Factors {
+    single: HashMap<(usize, usize), (Tensor, Torch)>,
+    /// Ups side by side and downs one below the other, by the addresses of the ups.
+    joined: HashMap<Vec<usize>, (Torch, Torch)>,
+}
 
 impl Factors {
     /// The factor on the device, in fp32. The entry holds the source, so its address cannot come to mean another factor.
     fn get(&mut self, factor: &Tensor, device: usize) -> Result<Torch> {
         let key = (factor.data() as usize, device);
-        if let Some((source, ready)) = self.0.get(&key) {
+        if let Some((source, ready)) = self.single.get(&key) {
             if source.shape() == factor.shape() && source.dtype() == factor.dtype() {
                 return Ok(ready.shallow_clone());
             }
         }
         let ready = blob(factor)?.f_to_device(tch::Device::Cuda(device))?.f_to_kind(Kind::Float)?;
-        self.0.insert(key, (factor.clone(), ready.shallow_clone()));
+        self.single.insert(key, (factor.clone(), ready.shallow_clone()));
         Ok(ready)
+    }
+
+    /// Several products as one: [O, sum of ranks] and [sum of ranks, C].
+    fn join(&mut self, ops: &[&LowRank], device: usize) -> Result<(Torch, Torch)> {
+        let key = ops.iter().map(|op| op.up.data() as usize).collect();
+        if let Some((ups, downs)) = self.joined.get(&key) {
+            return Ok((ups.shallow_clone(), downs.shallow_clone()));
+        }
+        let ups = ops.iter().map(|op| self.get(&op.up, device)).collect::<Result<Vec<_>>>()?;
+        let downs = ops.iter().map(|op| self.get(&op.down, device)).collect::<Result<Vec<_>>>()?;
+        let joined = (Torch::f_cat(&ups, 1)?, Torch::f_cat(&downs, 0)?);
+        self.joined.insert(key, (joined.0.shallow_clone(), joined.1.shallow_clone()));
+        Ok(joined)
     }
 }
 
@@ -299,10 +316,24 @@ pub fn forward(
         let (x, y) = (blob(x)?, blob(y)?);
         let input = x.f_to_kind(Kind::Float)?;
         let sum = packed(&y.f_to_kind(Kind::Float)?, y.device())?;
+        // All thin products on the whole weight are one pair of products, whose middle is as wide as their ranks together.
+        let (mut thin, mut coefficients) = (Vec::new(), Vec::new());
+        for term in terms.iter().filter(|t| t.strength != 0.0) {
+            if let (Op::LowRank(op), None) = (term.op, term.slice) {
+                thin.push(op);
+                coefficients.extend(std::iter::repeat_n(term.coefficient(name)?, op.up.shape()[1]));
+            }
+        }
+        if !thin.is_empty() {
+            let (ups, downs) = factors.join(&thin, device)?;
+            let scale = Torch::f_from_slice(&coefficients)?.f_to_device(tch::Device::Cuda(device))?;
+            let _ = sum.shallow_clone().f_add_(&product(&layout, &input, &ups.f_mul(&scale)?, &downs)?)?;
+        }
         for term in terms.iter().filter(|t| t.strength != 0.0) {
             bypass::check_slice(name, &layout, term)?;
             let Region { rows, .. } = Region::of(name, base.shape(), term.slice)?;
             let added = match term.op {
+                Op::LowRank(_) if term.slice.is_none() => continue,
                 Op::LowRank(op) => {
                     let up = factors.get(&op.up, device)?.f_mul_scalar(f64::from(term.coefficient(name)?))?;
                     product(&layout, &input, &up, &factors.get(&op.down, device)?)?
