@@ -533,6 +533,8 @@ fn file(module: &Module, float: Float) -> Vec<u8> {
         Float::F32 => Dtype::F32,
         Float::F16 => Dtype::F16,
         Float::BF16 => Dtype::BF16,
+        Float::E4M3 => Dtype::F8_E4M3,
+        Float::E5M2 => Dtype::F8_E5M2,
     };
     let bytes: Vec<_> = module
         .tensors
@@ -559,7 +561,7 @@ fn apply(
     let terms: Vec<Term<'_>> = ops.iter().map(|op| Term { op, strength, slice: None }).collect();
     let mut merged = base.to_vec();
     let target = view(&mut merged, float, &l.shape);
-    cpu::merge("w", &target, &target, &terms).expect("merge");
+    cpu::merge("w", &target, &target, &Default::default(), &terms).expect("merge");
     // An input as large as the kernel: one output, the sum over the whole weight.
     let (x_shape, y_shape) = match l.kernel().is_empty() {
         true => (vec![2, l.inner], vec![2, l.out]),

@@ -119,11 +119,17 @@ fn merge_is_the_formula_rounded_once() {
             .map(|(op, strength, slice)| Term { op, strength: *strength, slice: *slice })
             .collect();
         let (mut from, mut to) = (base.clone(), vec![0xff; base.len()]);
-        cpu::merge("w", &view(&mut from, float, &shape), &view(&mut to, float, &shape), &terms)
-            .expect("merge");
+        cpu::merge(
+            "w",
+            &view(&mut from, float, &shape),
+            &view(&mut to, float, &shape),
+            &Default::default(),
+            &terms,
+        )
+        .expect("merge");
         assert_eq!(from, base, "the base of a merge elsewhere is only read");
         let target = view(&mut from, float, &shape);
-        cpu::merge("w", &target, &target, &terms).expect("merge in place");
+        cpu::merge("w", &target, &target, &Default::default(), &terms).expect("merge in place");
         assert_eq!(from, to, "in place and elsewhere are the same bits");
         for (i, got) in unpacked(float, &to).into_iter().enumerate() {
             if !touched[i] {
@@ -153,7 +159,8 @@ fn strength_zero_keeps_every_bit() {
         scale: 1.0,
     });
     let target = view(&mut bytes, Float::BF16, &[2, 2]);
-    cpu::merge("w", &target, &target, &[Term { op: &op, strength: 0.0, slice: None }]).expect("merge");
+    cpu::merge("w", &target, &target, &Default::default(), &[Term { op: &op, strength: 0.0, slice: None }])
+        .expect("merge");
     assert_eq!(bytes, bits.iter().flat_map(|b| b.to_le_bytes()).collect::<Vec<u8>>());
 }
 
@@ -237,12 +244,18 @@ fn what_does_not_fit_is_refused() {
         down: Tensor::of_f32(vec![1.0; 3], &[1, 3]),
         scale: 1.0,
     });
-    let error =
-        cpu::merge("w", &target, &target, &[Term { op: &op, strength: 1.0, slice: None }]).unwrap_err();
+    let error = cpu::merge(
+        "w",
+        &target,
+        &target,
+        &Default::default(),
+        &[Term { op: &op, strength: 1.0, slice: None }],
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("[2, 3]") && error.to_string().contains("[3, 3]"), "{error}");
     // SAFETY: nothing is read from a view that is refused for its dtype.
     let ints = unsafe { View::from_raw(bytes.as_mut_ptr(), Device::Cpu, Dtype::I32, &[2, 3], None) }
         .expect("a good view");
-    let error = cpu::merge("ids", &ints, &ints, &[]).unwrap_err();
+    let error = cpu::merge("ids", &ints, &ints, &Default::default(), &[]).unwrap_err();
     assert!(error.to_string().contains("ids") && error.to_string().contains("I32"), "{error}");
 }

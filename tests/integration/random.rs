@@ -51,6 +51,8 @@ pub fn ulp(float: Float, value: f64) -> f64 {
         Float::F32 => 23,
         Float::F16 => 10,
         Float::BF16 => 7,
+        Float::E4M3 => 3,
+        Float::E5M2 => 2,
     };
     let exponent = value.abs().max(2f64.powi(-14)).log2().floor();
     2f64.powf(exponent - f64::from(digits))
