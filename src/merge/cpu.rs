@@ -79,24 +79,21 @@ pub fn merge(name: &str, base: &View, out: &View, storage: &Storage, terms: &[Te
     merge_all(&[work], &mut |_| Ok(()))
 }
 
-/// Merges many weights, faster than one after the other: the threads share the work of several. `between` hears, at first and
-/// after each but the last, how many are done; its error stops the work. After an error each weight is merged or untouched or, if it was being
-/// written, neither.
+/// Merges many weights, faster than one after the other: the threads share the work of several. `between` hears each number of weights that are
+/// done, from 0 up to the last but one; several at once where they were done together. Its error stops the work. After any error each weight is
+/// merged, untouched or, if it was being written, neither.
 pub fn merge_all(jobs: &[Work<'_>], between: &mut dyn FnMut(usize) -> Result<()>) -> Result<()> {
     let threads = threads();
     let mut at = 0;
-    if !jobs.is_empty() {
-        between(0)?;
-    }
     while at < jobs.len() {
+        between(at)?;
         let first = at;
         let mut plans = Vec::new();
         let (mut elements, mut whole) = (0, 0);
         while at < jobs.len() && elements < GROUP * threads && whole < WHOLE {
-            let job = &jobs[at];
-            let plan = Plan::of(job)?;
-            elements += job.base.count();
-            whole += if plan.others.is_empty() && plan.towards.is_empty() { 0 } else { job.base.count() };
+            let (plan, count) = (Plan::of(&jobs[at])?, jobs[at].base.count());
+            elements += count;
+            whole += if plan.others.is_empty() && plan.towards.is_empty() { 0 } else { count };
             plans.push(plan);
             at += 1;
         }
@@ -106,8 +103,7 @@ pub fn merge_all(jobs: &[Work<'_>], between: &mut dyn FnMut(usize) -> Result<()>
             let tasks = tasks.into_par_iter().with_max_len(1);
             tasks.for_each_init(Scratch::default, |scratch, (plan, rows)| plan.run(rows, scratch));
         });
-        // Those of one group end together; the last of all is the caller's to tell.
-        (first + 1..=at).filter(|&done| done < jobs.len()).try_for_each(&mut *between)?;
+        (first + 1..at).try_for_each(&mut *between)?;
     }
     Ok(())
 }
@@ -847,7 +843,7 @@ mod tests {
             Ok(())
         })
         .unwrap();
-        assert_eq!(heard, [0, 3]);
+        assert_eq!(heard, [0, 1, 2]);
         for (i, out) in outs.iter().enumerate() {
             let alone = merged(&weights[i], Dtype::F32, &Storage::default(), &terms[i]);
             assert_eq!(alone, out.to_f32("w").unwrap());
