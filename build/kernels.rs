@@ -5,6 +5,7 @@ use anyhow::{bail, ensure, Context, Result};
 use libloading::os::unix::{Library, Symbol, RTLD_GLOBAL, RTLD_LAZY, RTLD_NOW};
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::fmt::Write;
+use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -168,7 +169,7 @@ impl Nvrtc {
             let worker = || -> Result<()> {
                 while let Some(job) = next() {
                     let name = format!("{}.{}.{}", job.stem, job.arch, if job.ptx { "ptx" } else { "cubin" });
-                    let bytes = self.compile(&job, folder)?;
+                    let bytes = self.compile_once(&job, folder)?;
                     std::fs::write(out.join(&name), bytes).with_context(|| name.clone())?;
                     done.lock().expect("no worker panics while it holds this").push((job, name));
                 }
@@ -180,6 +181,36 @@ impl Nvrtc {
         let mut done = done.into_inner().expect("no worker panics while it holds this");
         done.sort_by(|(_, a), (_, b)| a.cmp(b));
         Ok(done)
+    }
+
+    /// As `compile`, from `target/kernels` where that has the result of the same text: the builds with and without libtorch share it.
+    fn compile_once(&self, job: &Job, folder: &Path) -> Result<Vec<u8>> {
+        let target = folder.with_file_name("target");
+        if !target.is_dir() {
+            return self.compile(job, folder);
+        }
+        // Deterministic, other than the hashes of a HashMap.
+        let mut hash = std::hash::DefaultHasher::new();
+        (self.version()?, job.arch, job.ptx, std::fs::read(&job.source)?).hash(&mut hash);
+        let mut headers: Vec<_> = std::fs::read_dir(folder)?.flatten().map(|entry| entry.path()).collect();
+        headers.sort();
+        for header in headers.iter().filter(|path| path.extension().is_some_and(|e| e == "cuh")) {
+            std::fs::read(header)?.hash(&mut hash);
+        }
+        let kept = target.join("kernels").join(format!("{}.{}.{:016x}", job.stem, job.arch, hash.finish()));
+        if let Ok(bytes) = std::fs::read(&kept) {
+            return Ok(bytes);
+        }
+        let bytes = self.compile(job, folder)?;
+        // Another build may write the same; each sees all of it or none. Without the copy the build goes on.
+        let own = kept.with_extension(std::process::id().to_string());
+        let written = std::fs::create_dir_all(target.join("kernels"))
+            .and_then(|()| std::fs::write(&own, &bytes))
+            .and_then(|()| std::fs::rename(&own, &kept));
+        if let Err(e) = written {
+            println!("cargo:warning={}: {e}", kept.display());
+        }
+        Ok(bytes)
     }
 
     fn compile(&self, job: &Job, folder: &Path) -> Result<Vec<u8>> {
@@ -195,7 +226,8 @@ impl Nvrtc {
         type Destroy = unsafe extern "C" fn(*mut Program) -> c_int;
         let name = job.source.display().to_string();
         let text = CString::new(std::fs::read(&job.source).with_context(|| name.clone())?)?;
-        let title = CString::new(name.as_str())?;
+        // Images shall not depend on where the sources lie.
+        let title = CString::new(job.stem.as_str())?;
         let kind = if job.ptx { "compute" } else { "sm" };
         let options = [
             format!("--gpu-architecture={kind}_{}", job.arch),

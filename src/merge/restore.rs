@@ -134,6 +134,7 @@ impl Backup {
         bytes.try_reserve_exact(weight.byte_len()).map_err(|_| {
             Error::Backend(format!("`{name}`: no memory for a backup of {} bytes", weight.byte_len()))
         })?;
+        in_large_pages(&mut bytes);
         bytes.resize(weight.byte_len(), 0);
         // SAFETY: the view shows the vector's own buffer, which moves with it and is never resized.
         let view =
@@ -195,6 +196,23 @@ fn on_gpu(queue: &Queue, weights: &[(&str, &View)], place: BackupPlace) -> Resul
         weights.iter().zip(&backups).map(|((name, weight), b)| (*name, *weight, &b.view)).collect();
     cuda::copy(queue, &views)?;
     Ok(backups)
+}
+
+/// Asks for large pages: a copy of a model in small ones costs more page faults than copying.
+fn in_large_pages(bytes: &mut Vec<u8>) {
+    #[cfg(target_os = "linux")]
+    {
+        let spare = bytes.spare_capacity_mut();
+        let page = 4096 - 1;
+        let start = (spare.as_ptr() as usize + page) & !page;
+        let end = (spare.as_ptr() as usize + spare.len()) & !page;
+        if end.saturating_sub(start) >= 4 << 20 {
+            // SAFETY: whole pages inside memory that the vector owns; the advice changes no content, and a refusal does no harm.
+            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = bytes;
 }
 
 /// Copies between host views of the same shape and dtype, bit for bit.
