@@ -28,6 +28,7 @@ pub struct Prepared {
 }
 
 /// One weight to merge: `out = base + sum of terms`.
+#[derive(Clone, Copy)]
 pub struct Work<'a> {
     /// For errors.
     pub name: &'a str,
@@ -55,6 +56,20 @@ pub fn merge_all(
     jobs.iter().try_for_each(|job| check_target(job.name, job.out))?;
     let Device::Cuda(index) = device else { return cpu::merge_all(jobs, between) };
     match fused(index) {
+        #[cfg(feature = "torch")]
+        Ok(gpu) => {
+            // libtorch turns on the GPU what the kernels would leave to the CPU.
+            let (own, others): (Vec<Work<'_>>, Vec<Work<'_>>) =
+                jobs.iter().copied().partition(|job| cuda::has_kernels(job));
+            for (done, job) in others.iter().enumerate() {
+                between(done)?;
+                torch::merge(index, job.name, job.base, job.out, job.terms, &mut prepared.torch)?;
+            }
+            gpu.on(stream, |queue| {
+                cuda::merge_from_anywhere(queue, &own, &mut prepared.cuda, &mut |n| between(others.len() + n))
+            })
+        }
+        #[cfg(not(feature = "torch"))]
         Ok(gpu) => {
             gpu.on(stream, |queue| cuda::merge_from_anywhere(queue, jobs, &mut prepared.cuda, between))
         }

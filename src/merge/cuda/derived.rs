@@ -27,8 +27,8 @@ enum What {
     Norm { axis: usize, magnitude: Wanted, inside: Vec<Draft> },
     /// GLoRA's W @ a1 as up fragments.
     Right { a1: Wanted, rank: usize, format: Format },
-    /// The whole delta at strength 1, computed on the host.
-    Delta(Op),
+    /// The whole delta, computed on the host: at strength 1, or at the given one, which it is not proportional to.
+    Delta(Op, Option<f64>),
 }
 
 impl Derived {
@@ -49,9 +49,9 @@ impl Derived {
         Derived { op: std::ptr::from_ref(op) as usize, region: region.clone(), taps, what }
     }
 
-    /// For an op without kernels: result 0 is the delta at strength 1, in fp32.
-    pub fn delta(op: &Op, region: &Region) -> Self {
-        let what = What::Delta(op.clone());
+    /// For an op without kernels: result 0 is the delta in fp32, at strength 1 or, not kept for the next merge, at the given one.
+    pub fn delta(op: &Op, region: &Region, strength: Option<f64>) -> Self {
+        let what = What::Delta(op.clone(), strength);
         Derived { op: std::ptr::from_ref(op) as usize, region: region.clone(), taps: 1, what }
     }
 
@@ -63,7 +63,7 @@ impl Derived {
                 std::iter::once(magnitude.clone()).chain(inner).collect()
             }
             What::Right { a1, .. } => vec![a1.clone()],
-            What::Delta(_) => Vec::new(),
+            What::Delta(..) => Vec::new(),
         }
     }
 
@@ -108,7 +108,8 @@ impl Computed {
         for ((job, target), own) in jobs.iter().zip(targets).zip(drafts) {
             for derived in &own.derived {
                 let known = self.0.get(&derived.key(job));
-                if known.is_some_and(|entry| entry.pristine == job.pristine && job.pristine.is_some()) {
+                let lasts = job.pristine.is_some() && !matches!(derived.what, What::Delta(_, Some(_)));
+                if known.is_some_and(|entry| entry.pristine == job.pristine && lasts) {
                     continue;
                 }
                 let part = part(target, derived, Float::require(job.base.dtype(), job.name)?);
@@ -157,8 +158,9 @@ impl Computed {
                         });
                         ([memory.ptr(), 0], memory)
                     }
-                    What::Delta(op) => {
-                        let memory = queue.upload_new(&delta(queue, job, op, &derived.region)?)?;
+                    What::Delta(op, strength) => {
+                        let bytes = delta(queue, job, op, &derived.region, strength.unwrap_or(1.0))?;
+                        let memory = queue.upload_new(&bytes)?;
                         ([memory.ptr(), 0], memory)
                     }
                 };
@@ -217,7 +219,10 @@ impl Norms {
     ) -> Result<()> {
         let none = |_, _| Err(Error::Backend("a decomposition holds what reads the weight".into()));
         let mut terms = inside.iter().map(|d| resolve(d, factors, &none)).collect::<Result<Vec<_>>>()?;
-        terms.iter_mut().zip(inside).for_each(|(term, draft)| term.coefficient = draft.scale as f32);
+        terms
+            .iter_mut()
+            .zip(inside)
+            .for_each(|(term, draft)| term.coefficient = draft.scale.unwrap_or(1.0) as f32);
         terms.sort_by_key(|term| term.kind > tables::Kind::Hadamard as u32);
         let products = terms.iter().filter(|t| t.kind <= tables::Kind::Hadamard as u32).count() as u32;
         let fast = Variant::of(
@@ -315,14 +320,14 @@ impl Rights {
     }
 }
 
-/// `delta(W)` at strength 1 of an op that only the CPU knows, as bytes of fp32.
-fn delta(queue: &Queue, job: &Work<'_>, op: &Op, region: &Region) -> Result<Vec<u8>> {
+/// What an op that only the CPU knows adds to W, as bytes of fp32.
+fn delta(queue: &Queue, job: &Work<'_>, op: &Op, region: &Region, strength: f64) -> Result<Vec<u8>> {
     let bytes = packed_region(queue, job, region)?;
     let host = Tensor::of_vec(bytes, job.base.dtype(), &region.shape)
         .ok_or_else(|| Error::Backend(format!("`{}`: a part of it could not be read", job.name)))?;
     let alone =
         Region { shape: region.shape.clone(), rows: 0..region.rows.len(), cols: 0..region.cols.len() };
-    let term = Term { op, strength: 1.0, slice: None };
+    let term = Term { op, strength, slice: None };
     let values = whole::delta(job.name, &term, &Rows::of(&host, job.name)?, &alone)?;
     let values =
         values.ok_or_else(|| Error::Backend(format!("`{}`: {op:?} has no whole delta", job.name)))?;

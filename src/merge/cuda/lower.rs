@@ -17,8 +17,8 @@ pub(super) struct Draft {
     /// What makes a row's numbers on the device: the index in [`Drafts::derived`] and which of its results.
     pub a: Option<(usize, usize)>,
     pub gain: Option<(usize, usize)>,
-    /// The row's coefficient is this times the term's strength.
-    pub scale: f64,
+    /// The row's coefficient is this times the term's strength; `None`: 1, the strength is in the row's numbers already.
+    pub scale: Option<f64>,
     /// Index of the term.
     pub term: usize,
 }
@@ -38,7 +38,14 @@ impl Drafts {
     }
 
     /// Adds what `op` does on `region` of a weight; `whole` when that is all of it.
-    pub fn add(&mut self, name: &str, op: &Op, term: usize, region: &Region, whole: bool) -> Result<()> {
+    pub fn add(
+        &mut self,
+        name: &str,
+        op: &Op,
+        (term, strength): (usize, f64),
+        region: &Region,
+        whole: bool,
+    ) -> Result<()> {
         let place = Draft {
             row: tables::Term {
                 row: region.rows.start as u32,
@@ -47,7 +54,7 @@ impl Drafts {
                 columns: region.cols.len() as u32,
                 ..Default::default()
             },
-            scale: op.scale(),
+            scale: Some(op.scale()),
             term,
             ..Draft::default()
         };
@@ -125,8 +132,10 @@ impl Drafts {
             Op::Decompose(op) => self.decompose(name, op, place, region, taps, whole)?,
             Op::Rotate(_) | Op::Principal(_) => {
                 let index = self.derived.len();
-                self.derived.push(Derived::delta(op, region));
-                let mut draft = Draft { scale: 1.0, ..place };
+                // A rotation that interpolates is not linear in its strength.
+                let fixed = bends(op);
+                self.derived.push(Derived::delta(op, region, fixed.then_some(strength)));
+                let mut draft = Draft { scale: (!fixed).then_some(1.0), ..place };
                 draft.row.kind = Kind::Dense as u32;
                 draft.row.plain = u32::from(whole);
                 draft.row.format = tables::dtype(Float::F32);
@@ -166,12 +175,12 @@ impl Drafts {
                     "`{name}`: {inner:?} cannot stand inside a decomposition"
                 )));
             }
-            inside.add(name, inner, place.term, &alone, true)?;
+            inside.add(name, inner, (place.term, 1.0), &alone, true)?;
         }
         let index = self.derived.len();
         let first = self.rows.len();
         for inner in &op.inside {
-            self.add(name, inner, place.term, region, whole)?;
+            self.add(name, inner, (place.term, 1.0), region, whole)?;
         }
         for row in &mut self.rows[first..] {
             row.gain = Some((index, 0));
@@ -187,6 +196,11 @@ impl Drafts {
         self.rows.push(rest);
         Ok(())
     }
+}
+
+/// Whether what an op does is not its strength times something.
+pub(super) fn bends(op: &Op) -> bool {
+    matches!(op, Op::Rotate(op) if op.interpolate)
 }
 
 /// Rows and columns of a weight of this shape.

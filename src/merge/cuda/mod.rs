@@ -9,6 +9,8 @@ mod launch;
 mod lower;
 mod tables;
 
+#[cfg(feature = "torch")]
+use super::ops::Op;
 use super::ops::{Region, Rounding, Storage};
 use super::Work;
 use crate::cuda::{Arg, Buffer, Gpu, Queue};
@@ -31,14 +33,25 @@ pub struct Kept {
     plan: Option<Plan>,
 }
 
+/// A row, what its coefficient is times the strength (`None`: it is 1), and its term.
+type Placed = (tables::Term, Option<f64>, usize);
+
 /// The tables of the last merge.
 struct Plan {
     signature: Vec<u64>,
     on_device: Buffer,
     /// By target: its rows, products first, with what makes their coefficients.
-    rows: Vec<Vec<(tables::Term, f64, usize)>>,
+    rows: Vec<Vec<Placed>>,
     launches: Launches,
     _columns: Vec<Buffer>,
+}
+
+/// Whether all of a job is done by kernels; libtorch is better at the rest, where it is there and knows the dtype.
+#[cfg(feature = "torch")]
+pub fn has_kernels(job: &Work<'_>) -> bool {
+    let eight_bits = Float::of(job.base.dtype()).is_some_and(Float::is_eight_bits);
+    eight_bits
+        || !job.terms.iter().any(|t| t.strength != 0.0 && matches!(t.op, Op::Rotate(_) | Op::Principal(_)))
 }
 
 /// Merges all jobs. Enqueued on the queue's stream; nothing is waited for.
@@ -106,7 +119,12 @@ fn signature(jobs: &[&Work<'_>]) -> Option<Vec<u64>> {
         for term in job.terms {
             // An op that is kept with its factors keeps its address.
             let slice = term.slice.map_or([2, 0, 0], |s| [s.axis as u64, s.start as u64, s.len as u64]);
-            signature.extend([std::ptr::from_ref(term.op) as u64, u64::from(term.strength == 0.0)]);
+            // What bends with its strength is part of the tables, so they do not serve another one.
+            let strength = match lower::bends(term.op) {
+                true => term.strength.to_bits(),
+                false => u64::from(term.strength == 0.0),
+            };
+            signature.extend([std::ptr::from_ref(term.op) as u64, strength]);
             signature.extend(slice);
         }
     }
@@ -120,7 +138,8 @@ fn rounding(rounding: Rounding) -> (u32, bool) {
     }
 }
 
-fn coefficient(job: &Work<'_>, scale: f64, term: usize) -> Result<f32> {
+fn coefficient(job: &Work<'_>, scale: Option<f64>, term: usize) -> Result<f32> {
+    let Some(scale) = scale else { return Ok(1.0) };
     let strength = job.terms.get(term).map_or(0.0, |term| term.strength);
     let product = (strength * scale) as f32;
     match product.is_finite() {
@@ -134,7 +153,7 @@ fn coefficient(job: &Work<'_>, scale: f64, term: usize) -> Result<f32> {
 
 /// Products by the size of their coefficients, each with that of the one before over its own: `merge_products` keeps one sum in units of the
 /// coefficient at hand.
-fn carry(rows: &mut [(tables::Term, f64, usize)]) {
+fn carry(rows: &mut [Placed]) {
     let is_product = |row: &tables::Term| row.kind <= tables::Kind::Hadamard as u32;
     let products = rows.iter().take_while(|(row, ..)| is_product(row)).count();
     let products = &mut rows[..products];
@@ -155,7 +174,7 @@ impl Plan {
             for (i, term) in job.terms.iter().enumerate().filter(|(_, term)| term.strength != 0.0) {
                 let region = Region::of(job.name, job.base.shape(), term.slice)?;
                 let whole = region.rows == (0..rows) && region.cols == (0..columns);
-                own.add(job.name, term.op, i, &region, whole)?;
+                own.add(job.name, term.op, (i, term.strength), &region, whole)?;
             }
             own.rows.sort_by_key(|draft| draft.row.kind > tables::Kind::Hadamard as u32);
             drafts.push(own);
