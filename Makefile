@@ -87,6 +87,7 @@ test-c: lib small
 
 test-python: lib small
 	$(PY) -m pytest -q tests/python
+	LYCORE_TEST_DEVICE=cpu $(PY) -m pytest -q tests/python/gpu
 
 # On a machine with a GPU; without one every test in it says "skipped: no GPU".
 test-gpu: lib small

@@ -227,3 +227,42 @@ pub(super) fn copy(name: &str, from: &View, to: &View) -> Result<()> {
     });
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::Dtype;
+
+    fn view(values: &mut [f32]) -> View {
+        // SAFETY: the slice outlives the views of the tests below.
+        unsafe {
+            View::from_raw(values.as_mut_ptr().cast(), Device::Cpu, Dtype::F32, &[values.len()], None)
+                .unwrap()
+        }
+    }
+
+    #[test]
+    fn a_weight_that_is_not_the_base_is_named() {
+        let stream = Stream::default();
+        let (mut one, mut two) = (vec![1.0f32, -0.0, 3.0], vec![4.0f32; 5]);
+        let (first, second) = (view(&mut one), view(&mut two));
+        let weights = [("one", &first), ("two", &second)];
+        let mut backups = Backup::take(&weights, BackupPlace::Auto, stream).unwrap();
+        Backup::remember(&mut backups, &weights, stream).unwrap();
+        let pairs = [("one", &backups[0], &first), ("two", &backups[1], &second)];
+        (one[1], two[4]) = (0.0, 4.5);
+        let text = Backup::prove(&pairs, stream).unwrap_err().to_string();
+        assert!(text.contains("2 of 2") && text.contains("`one`"), "{text}");
+        Backup::give_back(&pairs, stream).unwrap();
+        Backup::prove(&pairs, stream).unwrap();
+        assert!(one[1].is_sign_negative() && two == [4.0; 5]);
+    }
+
+    #[test]
+    fn what_is_asked_for_is_where_the_weights_are() {
+        let mut values = vec![0f32; 4];
+        let weight = view(&mut values);
+        let (place, why) = Backup::place(&[("w", &weight)], BackupPlace::Auto);
+        assert_eq!((place, &why[..]), (BackupPlace::Host, "the weights are in host memory"));
+    }
+}

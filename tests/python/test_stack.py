@@ -349,3 +349,36 @@ def test_a_torch_module_is_taken_whole(make_lora):
         with pytest.raises(lycore.ArgumentError, match="other memory"):
             stack.apply()
     assert torch.equal(model[1].weight, before["1.weight"])
+
+
+def test_info_tells_where_the_copies_are(weights, loras):
+    live, base = weights("float32"), weights("float32")
+    stack = lycore.Stack(live, self_check=True)
+    assert stack.info()["backup"] is None
+    handle = stack.add(loras[0].path)
+    stack.apply()
+    info = stack.info()
+    changed = [name for name in live if live[name].tobytes() != base[name].tobytes()]
+    assert info["device"] == "cpu" and info["executor"] == "cpu" and info["self_check"] is True
+    assert (info["targets"], info["adapters"]) == (len(live), 1)
+    assert info["backup"]["mode"] == "host" and "host memory" in info["backup"]["why"]
+    assert info["backup"]["weights"] == len(changed)
+    assert info["backup"]["bytes"] == sum(base[name].nbytes for name in changed)
+    handle.remove()
+    stack.apply()
+    assert stack.info()["backup"]["weights"] == 0
+    assert all(live[name].tobytes() == base[name].tobytes() for name in live)
+
+
+def test_options_of_8_bit_weights_are_checked(make_lora):
+    weight = numpy.zeros((4, 4), "f4")
+    for options, error in (
+        ({"backup": "somewhere"}, "backup"),
+        ({"rounding": "upwards"}, "rounding"),
+        ({"scales": {"the.weight": 0.0}}, "scale is 0"),
+        ({"scales": {"the.weight": 2.0}}, "8 bits"),
+    ):
+        with pytest.raises(lycore.ArgumentError, match=error):
+            lycore.Stack({"the.weight": weight}, **options)
+    with pytest.raises(lycore.AdapterKeyError):
+        lycore.Stack({"the.weight": weight}, scales={"another.weight": 2.0})
