@@ -53,8 +53,8 @@ pub fn build(folder: &Path, out: &Path) -> Result<()> {
     writeln!(table, "pub(super) static IMAGES: &[Image] = &[")?;
     for (job, name) in images {
         let Job { stem, arch, ptx, .. } = job;
-        let bytes = format!("image!(concat!(env!(\"OUT_DIR\"), {:?}))", format!("/{name}"));
-        writeln!(table, "    Image {{ file: {stem:?}, arch: {arch}, ptx: {ptx}, bytes: {bytes} }},")?;
+        let bytes = format!("include_bytes!(concat!(env!(\"OUT_DIR\"), {:?}))", format!("/{name}"));
+        writeln!(table, "    Image {{ file: {stem:?}, arch: {arch}, ptx: {ptx}, deflated: {bytes} }},")?;
     }
     writeln!(table, "];")?;
     std::fs::write(out.join("kernels.rs"), table).context("kernels.rs")
@@ -169,7 +169,9 @@ impl Nvrtc {
             let worker = || -> Result<()> {
                 while let Some(job) = next() {
                     let name = format!("{}.{}.{}", job.stem, job.arch, if job.ptx { "ptx" } else { "cubin" });
-                    let bytes = self.compile_once(&job, folder)?;
+                    // Deflated: images of all architectures would be most of the library.
+                    let image = self.compile_once(&job, folder)?;
+                    let bytes = miniz_oxide::deflate::compress_to_vec(&image, 9);
                     std::fs::write(out.join(&name), bytes).with_context(|| name.clone())?;
                     done.lock().expect("no worker panics while it holds this").push((job, name));
                 }

@@ -10,18 +10,7 @@ pub(super) struct Image {
     file: &'static str,
     arch: u32,
     ptx: bool,
-    bytes: &'static [u8],
-}
-
-/// The file's bytes, aligned as an ELF file's headers must be. Unused where the build found no NVRTC.
-#[allow(unused_macros)]
-macro_rules! image {
-    ($path:expr) => {{
-        #[repr(align(64))]
-        struct Aligned<T: ?Sized>(T);
-        static BYTES: &Aligned<[u8]> = &Aligned(*include_bytes!($path));
-        &BYTES.0
-    }};
+    deflated: &'static [u8],
 }
 
 // NVRTC's version (empty without one) and IMAGES, the table; written by build/kernels.rs.
@@ -31,6 +20,19 @@ impl Image {
     /// Cubins run on the same major version, from their minor version on; the driver compiles PTX for everything newer.
     pub(super) fn serves(&self, arch: u32) -> bool {
         self.arch <= arch && (self.ptx || self.arch / 10 == arch / 10)
+    }
+
+    /// The image itself, in words, as an ELF file's headers must be aligned; zeros fill the last one.
+    fn words(&self) -> Result<Vec<u64>> {
+        let bytes = miniz_oxide::inflate::decompress_to_vec(self.deflated).map_err(|e| {
+            Error::Backend(format!("the kernels of {}.cu in this library are damaged: {e}", self.file))
+        })?;
+        let word = |bytes: &[u8]| {
+            let mut word = [0; 8];
+            word[..bytes.len()].copy_from_slice(bytes);
+            u64::from_ne_bytes(word)
+        };
+        Ok(bytes.chunks(8).map(word).collect())
     }
 }
 
@@ -101,8 +103,9 @@ impl Gpu {
             hint: "merge on the CPU or through libtorch".into(),
         })?;
         let mut module = std::ptr::null_mut();
+        let words = image.words()?;
         // SAFETY: the image is a whole cubin, or PTX with the NUL that NVRTC ends it with; the driver copies what it needs.
-        let code = unsafe { sys::cuModuleLoadData(&mut module, image.bytes.as_ptr().cast()) };
+        let code = unsafe { sys::cuModuleLoadData(&mut module, words.as_ptr().cast()) };
         let form = if image.ptx { "PTX" } else { "cubin" };
         check(code, || format!("cuda:{}: loading {file}.cu ({form} for sm_{})", self.index, image.arch))?;
         Ok(module)
@@ -114,7 +117,7 @@ mod tests {
     use super::*;
 
     fn chosen(arch: u32) -> Option<(u32, bool)> {
-        let image = |arch, ptx| Image { file: "merge", arch, ptx, bytes: &[] };
+        let image = |arch, ptx| Image { file: "merge", arch, ptx, deflated: &[] };
         let mut images: Vec<_> = [75, 80, 86, 89, 90, 100, 120].map(|arch| image(arch, false)).into();
         images.insert(0, image(90, true));
         images.push(Image { file: "pack", ..image(121, false) });
@@ -139,12 +142,13 @@ mod tests {
     }
 
     #[test]
-    fn ptx_ends_with_nul() {
-        for image in IMAGES.iter().filter(|i| i.ptx) {
-            assert_eq!(image.bytes.last(), Some(&0), "{}.cu", image.file);
-        }
-        for image in IMAGES.iter().filter(|i| !i.ptx) {
-            assert!(image.bytes.starts_with(b"\x7fELF") && image.bytes.as_ptr().align_offset(8) == 0);
+    fn images_are_whole() {
+        for image in IMAGES {
+            let bytes: Vec<u8> = image.words().unwrap().into_iter().flat_map(u64::to_ne_bytes).collect();
+            match image.ptx {
+                true => assert_eq!(bytes.last(), Some(&0), "{}.cu", image.file),
+                false => assert!(bytes.starts_with(b"\x7fELF"), "{}.cu", image.file),
+            }
         }
     }
 }

@@ -147,10 +147,7 @@ impl Backup {
     pub fn give_back(pairs: &[(&str, &Backup, &View)], stream: Stream) -> Result<()> {
         let Some(device) = pairs.first().map(|(_, _, weight)| weight.device()) else { return Ok(()) };
         match device {
-            Device::Cpu => pairs
-                .iter()
-                .map(|(name, backup, weight)| copy(name, &backup.view, weight))
-                .fold(Ok(()), |all: Result<()>, one| all.and(one)),
+            Device::Cpu => all(pairs.iter().map(|(name, backup, weight)| copy(name, &backup.view, weight))),
             Device::Cuda(index) => match super::fused(index) {
                 Ok(gpu) => gpu.on(stream, |queue| {
                     let views: Vec<_> =
@@ -158,15 +155,23 @@ impl Backup {
                     cuda::copy(queue, &views)
                 }),
                 #[cfg(feature = "torch")]
-                Err(_) => pairs
-                    .iter()
-                    .map(|(_, backup, weight)| super::torch::copy(&backup.view, weight))
-                    .fold(Ok(()), |all: Result<()>, one| all.and(one)),
+                Err(_) => {
+                    all(pairs.iter().map(|(_, backup, weight)| super::torch::copy(&backup.view, weight)))
+                }
                 #[cfg(not(feature = "torch"))]
                 Err(e) => Err(e),
             },
         }
     }
+}
+
+/// Does all, whatever becomes of one; the first error.
+fn all(work: impl Iterator<Item = Result<()>>) -> Result<()> {
+    let mut result = Ok(());
+    for one in work {
+        result = result.and(one);
+    }
+    result
 }
 
 /// Copies of GPU weights, all in one piece of device or page-locked host memory.

@@ -28,7 +28,7 @@ enum What {
     /// GLoRA's W @ a1 as up fragments.
     Right { a1: Wanted, rank: usize, format: Format },
     /// The whole delta, computed on the host: at strength 1, or at the given one, which it is not proportional to.
-    Delta(Op, Option<f64>),
+    Delta(Box<Op>, Option<f64>),
 }
 
 impl Derived {
@@ -51,7 +51,7 @@ impl Derived {
 
     /// For an op without kernels: result 0 is the delta in fp32, at strength 1 or, not kept for the next merge, at the given one.
     pub fn delta(op: &Op, region: &Region, strength: Option<f64>) -> Self {
-        let what = What::Delta(op.clone(), strength);
+        let what = What::Delta(Box::new(op.clone()), strength);
         Derived { op: std::ptr::from_ref(op) as usize, region: region.clone(), taps: 1, what }
     }
 
