@@ -20,10 +20,10 @@
 // unload time and installs no signal handlers; its own CPU threads (LYCORE_NUM_THREADS, default: all) start with the first call that needs them,
 // so fork before that call or not at all.
 //
-// GPU: calls that take a `stream` enqueue their work on it and do not wait; NULL means libtorch's current stream of the calling thread, (void *)1 the
-// legacy default stream. Calls that take none work on libtorch's current stream. A stack's copies of weights and a network's buffers belong to the
-// stream that was used first: use one stream for an object, or synchronise between two. While a call runs, autocast is off on its thread, also in
-// its callbacks.
+// GPU: calls that take a `stream` enqueue their work on it and do not wait, except where they say so; NULL means libtorch's current stream of the
+// calling thread, without libtorch the legacy default stream, which (void *)1 always means. Calls that take none work on libtorch's current stream.
+// A stack's copies of weights and a network's buffers belong to the stream that was used first: use one stream for an object, or synchronise between
+// two. While a call runs, autocast is off on its thread, also in its callbacks.
 //
 // Numbers: W' = W + sum of strength * delta(W), every delta from the pristine W, products summed in fp32, one rounding to nearest even into W's
 // dtype. Strength 0 and restore give W back bit for bit.
@@ -573,8 +573,8 @@ lycore_status lycore_stack_remove_adapter(struct lycore_stack *stack,
                                           struct lycore_error **error);
 
 // Writes every weight whose adapters or strengths changed: W' = W + sum of strength * delta(W), from the pristine W, summed in fp32 and
-// rounded once. Progress counts weights. `stream` is a cudaStream_t for weights on a GPU: NULL means libtorch's current stream of the
-// calling thread, (void *)1 the legacy default stream; the work is enqueued there and not waited for. `applied` may be NULL.
+// rounded once. Progress counts weights. `stream` is a cudaStream_t for weights on a GPU (NULL and (void *)1: see the top of this file); the work
+// is enqueued there and not waited for, except where copies of weights go to host memory. `applied` may be NULL.
 // After an error or a cancel all weights are the base again.
 //
 // # Safety

@@ -121,7 +121,8 @@ def no_torch_build(builds: Iterable[Build], torch: str | None) -> LibraryError:
     minors = sorted({b.torch for b in builds if b.torch}, key=lambda m: [int(n) for n in m.split(".")])
     if not minors:
         what = (
-            "Training and work on a GPU need a LyCore build with libtorch, and only the build without it is installed."
+            "Training needs a LyCore build with libtorch, as do layers beside their weights on a GPU, and only the build "
+            "without it is installed."
         )
         wanted = f" for torch {minor(torch)}" if torch else ""
         return LibraryError(what, hint=f"install a LyCore release{wanted}, or build one with `cargo build --release`")
@@ -129,4 +130,4 @@ def no_torch_build(builds: Iterable[Build], torch: str | None) -> LibraryError:
     have = f"this process has torch {torch}" if torch else "torch is not installed"
     what = f"LyCore is built for torch {listed}, but {have}."
     hint = f"install torch {minors[-1]}" + (f", or a LyCore release for torch {minor(torch)}" if torch else "")
-    return LibraryError(what, hint=f"{hint}; merging on the CPU works without it")
+    return LibraryError(what, hint=f"{hint}; merging works without it")

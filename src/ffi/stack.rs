@@ -412,8 +412,8 @@ pub unsafe extern "C" fn lycore_stack_remove_adapter(
 }
 
 /// Writes every weight whose adapters or strengths changed: W' = W + sum of strength * delta(W), from the pristine W, summed in fp32 and
-/// rounded once. Progress counts weights. `stream` is a cudaStream_t for weights on a GPU: NULL means libtorch's current stream of the
-/// calling thread, (void *)1 the legacy default stream; the work is enqueued there and not waited for. `applied` may be NULL.
+/// rounded once. Progress counts weights. `stream` is a cudaStream_t for weights on a GPU (NULL and (void *)1: see the top of this file); the work
+/// is enqueued there and not waited for, except where copies of weights go to host memory. `applied` may be NULL.
 /// After an error or a cancel all weights are the base again.
 ///
 /// # Safety

@@ -200,6 +200,10 @@ fn on_gpu(queue: &Queue, weights: &[(&str, &View)], place: BackupPlace) -> Resul
     let views: Vec<_> =
         weights.iter().zip(&backups).map(|((name, weight), b)| (*name, *weight, &b.view)).collect();
     cuda::copy(queue, &views)?;
+    if place == BackupPlace::Host {
+        // From here on the CPU reads them too.
+        queue.wait()?;
+    }
     Ok(backups)
 }
 
