@@ -121,8 +121,8 @@ def no_torch_build(builds: Iterable[Build], torch: str | None) -> LibraryError:
     minors = sorted({b.torch for b in builds if b.torch}, key=lambda m: [int(n) for n in m.split(".")])
     if not minors:
         what = (
-            "Training needs a LyCore build with libtorch, as do layers beside their weights on a GPU, and only the build "
-            "without it is installed."
+            "Training needs a LyCore build with libtorch, as do layers beside their weights on a GPU; "
+            "only the build without it is installed."
         )
         wanted = f" for torch {minor(torch)}" if torch else ""
         return LibraryError(what, hint=f"install a LyCore release{wanted}, or build one with `cargo build --release`")

@@ -108,9 +108,7 @@ def test_a_mismatch_names_both_versions_and_merging_works(installed, caplog):
     with pytest.raises(lycore.LibraryError) as caught:
         lycore.load(torch=True)
     assert caught.value.message == "LyCore is built for torch 2.10 and 2.11, but this process has torch 2.9.1+cu128."
-    assert caught.value.hint == (
-        "install torch 2.11, or a LyCore release for torch 2.9; merging works without it"
-    )
+    assert caught.value.hint == ("install torch 2.11, or a LyCore release for torch 2.9; merging works without it")
     assert not lycore.load().build.links_torch
     assert opened == ["lib/liblycore.so"]
     assert "2.9.1+cu128" in caplog.text and "without libtorch" in caplog.text
