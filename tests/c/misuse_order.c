@@ -156,8 +156,16 @@ static void stacks(void) {
     const lycore_status bad = LYCORE_BAD_ARGUMENT;
     const char *const target = layers[PROJ].target;
     lycore_stack *s = NULL;
-    FAILS(bad, lycore_stack_new(2, &out.stack, e));
+    FAILS(bad, lycore_stack_new(3, &out.stack, e));
     FAILS(bad, lycore_stack_new(-1, &out.stack, e));
+
+    WORKS(lycore_stack_new(LYCORE_BACKUP_AUTO, &s, e));
+    WORKS(lycore_stack_self_check(s, 1, e));
+    FAILS(bad, lycore_stack_set_rounding(s, 2, 0, e));
+    WORKS(lycore_stack_set_rounding(s, LYCORE_ROUNDING_STOCHASTIC, 7, e));
+    FAILS(LYCORE_KEY, lycore_stack_set_scale(s, "unknown", 2.0f, e));
+    FAILS(LYCORE_NULL_ARGUMENT, lycore_stack_info(s, NULL, e));
+    CHECK_EQUAL(lycore_stack_free(s), LYCORE_OK);
 
     WORKS(lycore_stack_new(LYCORE_BACKUP_HOST, &s, e));
     // Nothing to do is no mistake.
@@ -187,6 +195,8 @@ static void stacks(void) {
     CHECK_EQUAL(lycore_stack_free(s), LYCORE_OK);
 
     FAILS(bad, lycore_stack_add_target(stack, "too late", &weight, e));
+    FAILS(bad, lycore_stack_set_rounding(stack, LYCORE_ROUNDING_STOCHASTIC, 1, e));
+    FAILS(bad, lycore_stack_set_scale(stack, target, 2.0f, e));
     FAILS(bad, lycore_stack_set_strengths(stack, 99, NULL, e));
     FAILS(bad, lycore_stack_remove_adapter(stack, 0, e));
     FAILS(bad, lycore_stack_remove_adapter(stack, UINT64_MAX, e));
