@@ -107,48 +107,63 @@ struct Eight {
   static constexpr u32 SMALLEST = (127 - BIAS + 1) << 23;     // the smallest normal number, as fp32 bits
   static constexpr u32 LARGEST = M == 3 ? 0x43e00000 : 0x47600000;  // 448; 57344
   static constexpr u32 NOT_A_NUMBER = 0x7f;
-  static constexpr u32 REBIAS = (127 - BIAS) << 23;
 
   static __device__ __forceinline__ float read(u32 code) {
+    // The upper half of an fp16 number.
+    if (M == 2) return half_to_float(u16(code << 8));
     u32 sign = (code & 0x80) << 24, rest = code & 0x7f;
-    if (M == 3 ? rest == 0x7f : rest > 0x7c) return bits_to_float(0x7fffffff);
-    if (M == 2 && rest == 0x7c) return bits_to_float(sign | 0x7f800000);
+    if (rest == 0x7f) return bits_to_float(0x7fffffff);
     // The exponent and mantissa fields placed as fp32's make a number that is 2^(127 - BIAS) too small, subnormal ones included.
     float magnitude = bits_to_float(rest << DROPPED) * bits_to_float((127 + 127 - BIAS) << 23);
     return bits_to_float(__float_as_uint(magnitude) | sign);
   }
 
-  // Rounded to nearest even or, with 16 random bits, up with the probability of the distance; never beyond the largest number.
+  // Rounded to nearest even or, with 16 random bits, up with the probability of the distance; never beyond the largest number. The code's upper bits
+  // are any.
+  static __device__ __forceinline__ u32 magnitude(float value, bool stochastic, u32 random) {
+    const float size = fminf(fabsf(value), bits_to_float(LARGEST));
+    // Subnormal numbers stand as far apart as the smallest normal ones.
+    const u32 exponent = max(__float_as_uint(size) & 0x7f800000, SMALLEST);
+    // In units of the last place, 2^16th parts of it where those decide; below 2^23, so that the sum's mantissa is that number.
+    const u32 power = stochastic ? 16 : 0, scale = ((127 + 127 + M + power) << 23) - exponent;
+    const float units = stochastic ? __fmaf_rz(size, bits_to_float(scale), 8388608.0f) : fmaf(size, bits_to_float(scale), 8388608.0f);
+    const u32 whole = stochastic ? (__float_as_uint(units) + random) >> 16 : __float_as_uint(units);
+    return whole + (exponent >> DROPPED) - (SMALLEST >> DROPPED);
+  }
+
   static __device__ __forceinline__ u32 write(float value, bool stochastic, u32 random) {
-    u32 bits = __float_as_uint(value), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return NOT_A_NUMBER;
-    u32 code;
-    if (magnitude < SMALLEST) {
-      // In units of the smallest number; exact, and below 2^M.
-      float units = bits_to_float(magnitude) * bits_to_float((127 + BIAS - 1 + M) << 23);
-      u32 whole = u32(units);
-      float rest = units - float(whole);
-      bool up = stochastic ? u32(rest * 65536.0f) + random > 65535 : rest > 0.5f || (rest == 0.5f && (whole & 1));
-      code = whole + up;
-    } else {
-      u32 up = stochastic ? random << (DROPPED - 16) : (1u << (DROPPED - 1)) - 1 + (magnitude >> DROPPED & 1);
-      u32 rounded = magnitude + up;
-      if (rounded > LARGEST) rounded = LARGEST;
-      code = (rounded - REBIAS) >> DROPPED;
-    }
-    return code | sign;
+    const u32 bits = __float_as_uint(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) return NOT_A_NUMBER;
+    return (magnitude(value, stochastic, random) & 0x7f) | (bits >> 24 & 0x80);
   }
 };
 
-// Random bits of elements 2 * pair and 2 * pair + 1 (lower and upper half); src/dtype.rs has the definition.
-__device__ __forceinline__ u32 noise(u64 pair, u32 seed) {
-  u32 x = u32(pair) * 0x9e3779b1u + u32(pair >> 32) * 0x85ebca77u + seed;
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ x >> 16;
+// Two E4M3 codes, the first in the lowest byte; upper bits are any.
+__device__ __forceinline__ void read_e4m3_pair(u32 codes, float& first, float& second) {
+#if __CUDA_ARCH__ >= 890
+  u32 halves;
+  asm("{ .reg .b16 pair; cvt.u16.u32 pair, %1; cvt.rn.f16x2.e4m3x2 %0, pair; }" : "=r"(halves) : "r"(codes));
+  first = half_to_float(u16(halves));
+  second = half_to_float(u16(halves >> 16));
+#else
+  first = Eight<3>::read(codes & 0xff);
+  second = Eight<3>::read(codes >> 8 & 0xff);
+#endif
 }
+
+// Random bits of elements 2 * pair and 2 * pair + 1 (lower and upper half); src/dtype.rs has the definition. In two steps, since neighbouring pairs
+// that differ in their lower 32 bits alone have the first in common but for STRIDE.
+struct Noise {
+  static constexpr u32 STRIDE = 0x9e3779b1u;
+  static __device__ __forceinline__ u32 start(u64 pair, u32 seed) { return u32(pair) * STRIDE + u32(pair >> 32) * 0x85ebca77u + seed; }
+  static __device__ __forceinline__ u32 bits(u32 x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ x >> 16;
+  }
+};
 
 // Stored codes and their values, for a dtype known late; folds away for one known early.
 __device__ __forceinline__ float decode(u32 dtype, u32 code) {

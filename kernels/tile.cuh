@@ -6,7 +6,10 @@
 #pragma once
 #include "common.cuh"
 
-constexpr u32 THREADS = 128;
+#ifndef NWARPS
+#define NWARPS 4
+#endif
+constexpr u32 THREADS = 32 * NWARPS;
 constexpr u32 COLUMNS = 64;
 
 // [group][product][d]: element 2 * product + d % 2 of the eight in half d / 2.
@@ -26,8 +29,20 @@ struct Place {
     group = column_tile * (COLUMNS / 32);
     column = group * 32 + lane % 4 * 8;
   }
+  static constexpr u32 EIGHTS = 4 * BLOCKS;
   __device__ __forceinline__ u32 row_of(u32 eight) const { return row + eight / 4 * 16 + eight % 2 * 8; }
   __device__ __forceinline__ u32 column_of(u32 eight) const { return column + eight / 2 % 2 * 32; }
+};
+
+// The same tile of 64 x 64 for what needs no products: a warp has 16 rows, eight lanes a row of all 64 columns.
+struct Lines {
+  static constexpr u32 EIGHTS = 4;
+  u32 row, column;
+
+  __device__ __forceinline__ explicit Lines(u32 row_tile) : row((row_tile * (THREADS / 32) + threadIdx.x / 32) * 16 + threadIdx.x % 32 / 8) {}
+  __device__ __forceinline__ void move_to(u32 column_tile) { column = column_tile * COLUMNS + threadIdx.x % 8 * 8; }
+  __device__ __forceinline__ u32 row_of(u32 eight) const { return row + eight * 4; }
+  __device__ __forceinline__ u32 column_of(u32) const { return column; }
 };
 
 template <u32 DTYPE>
@@ -47,6 +62,16 @@ struct alignas(SIZE<DTYPE> == 1 ? 8 : 16) Stored {
   __device__ __forceinline__ float value(int i) const {
     if constexpr (DTYPE == BF16) return bits_to_float(i % 2 ? raw[i / 2] & 0xffff0000 : raw[i / 2] << 16);
     else return decode(DTYPE, code(i));
+  }
+
+  __device__ __forceinline__ void values(float (&to)[8]) const {
+    if constexpr (DTYPE == E4M3) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) read_e4m3_pair(raw[i / 2] >> 16 * (i % 2), to[2 * i], to[2 * i + 1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i++) to[i] = value(i);
+    }
   }
 
   __device__ __forceinline__ void set(const u32 (&codes)[8]) {
@@ -100,14 +125,15 @@ __device__ __forceinline__ void wait_for_copies() {
 
 // Enqueues the lane's part of a tile of the weight, whose columns lie side by side in multiples of eight and whose rows begin at 16 bytes (8 of 8-bit
 // ones). Every lane reads only what it copied itself. What lies outside the weight stays what it was.
-template <u32 DTYPE, u32 BLOCKS>
-__device__ __forceinline__ void copy_tile(Stored<DTYPE> (*eights)[THREADS], const Target& target, const Place<BLOCKS>& place) {
-  const u8* base = static_cast<const u8*>(target.base);
+template <u32 DTYPE, class Place>
+__device__ __forceinline__ void copy_tile(Stored<DTYPE> (*eights)[THREADS], const Target& target, const Place& place) {
+  const u8* base = static_cast<const u8*>(target.base) + (place.row * target.base_row + place.column) * SIZE<DTYPE>;
+  const u64 step = target.base_row * SIZE<DTYPE>;
 #pragma unroll
-  for (int n = 0; n < 4 * BLOCKS; n++) {
-    const u32 row = place.row_of(n), column = place.column_of(n);
-    if (row >= target.rows || column >= target.columns) continue;
-    const u8* from = base + (row * target.base_row + column) * SIZE<DTYPE>;
+  for (u32 n = 0; n < Place::EIGHTS; n++) {
+    const u32 down = place.row_of(n) - place.row, right = place.column_of(n) - place.column;
+    if (place.row + down >= target.rows || place.column + right >= target.columns) continue;
+    const u8* from = base + down * step + right * SIZE<DTYPE>;
     u8* to = reinterpret_cast<u8*>(&eights[n][threadIdx.x]);
     if constexpr (SIZE<DTYPE> == 1) copy_async<8>(to, from);
     else
@@ -115,38 +141,6 @@ __device__ __forceinline__ void copy_tile(Stored<DTYPE> (*eights)[THREADS], cons
       for (int i = 0; i < SIZE<DTYPE> / 2; i++) copy_async<16>(to + 16 * i, from + 16 * i);
   }
 }
-
-// The up factors of a warp's rows, kept in shared memory for the length of a strip as far as there is room; the others are read where they are.
-// A lane reads only what it copied itself.
-template <u32 BLOCKS>
-struct Ups {
-  uint4* kept;   // the warp's, [fragment][lane]
-  u32 room;      // in fragments
-  u32 used;
-
-  __device__ __forceinline__ Ups(void* shared, u32 fragments_per_warp) {
-    kept = static_cast<uint4*>(shared) + threadIdx.x / 32 * fragments_per_warp * 32 + (threadIdx.x & 31);
-    room = fragments_per_warp;
-    used = 0;
-  }
-
-  // Where the fragments of `up` are, or shall be copied to: [block][rank][part][lane].
-  __device__ __forceinline__ const uint4* place(const void* up, u32 fragments, u32 row_block) {
-    const u32 need = BLOCKS * fragments;
-    if (used + need > room) return static_cast<const uint4*>(up) + u64(row_block) * fragments * 32 + (threadIdx.x & 31);
-    used += need;
-    return kept + (used - need) * 32;
-  }
-
-  // `blocks` is how many the factor has.
-  __device__ __forceinline__ void copy(const void* up, u32 fragments, u32 row_block, u32 blocks) {
-    if (used + BLOCKS * fragments > room) return;
-    const uint4* from = static_cast<const uint4*>(up) + u64(row_block) * fragments * 32 + (threadIdx.x & 31);
-    const u32 count = (row_block >= blocks ? 0 : blocks - row_block < BLOCKS ? blocks - row_block : BLOCKS) * fragments;
-    for (u32 i = 0; i < count; i++) copy_async<16>(kept + (used + i) * 32, from + i * 32);
-    used += BLOCKS * fragments;
-  }
-};
 
 __device__ __forceinline__ u32 parts_of(u32 format) { return format == FORMAT_SPLIT ? 3 : 1; }
 
@@ -161,7 +155,7 @@ struct Work {
 
   __device__ __forceinline__ void load(const Target* targets, const Term* all, u32 index) {
     const auto copy = [](void* to, const void* from, u32 bytes) {
-      for (u32 i = threadIdx.x; i < bytes / 4; i += THREADS) static_cast<u32*>(to)[i] = static_cast<const u32*>(from)[i];
+      for (u32 i = threadIdx.x; i < bytes / 4; i += blockDim.x) static_cast<u32*>(to)[i] = static_cast<const u32*>(from)[i];
     };
     const Target& from = targets[index];
     const u32 first = from.first, count = from.count;
@@ -192,18 +186,16 @@ __device__ __forceinline__ void add_product(Sum (&products)[BLOCKS], const uint4
   for (int i = 0; i < 2; i++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      uint4 right[PARTS];
-#pragma unroll
-      for (int p = 0; p < PARTS; p++) right[p] = down[i][p * step + half * 32];
       // Small products first. What is left out is below 2^-24 of the whole.
 #pragma unroll
-      for (int order = PARTS - 1; order >= 0; order--) {
+      for (int q = PARTS - 1; q >= 0; q--) {
+        const uint4 right = down[i][q * step + half * 32];
 #pragma unroll
-        for (int p = 0; p <= order; p++) {
+        for (int p = PARTS - 1 - q; p >= 0; p--) {
 #pragma unroll
           for (int n = 0; n < BLOCKS; n++) {
-            mma<HALF>(products[n][i][2 * half], left[n][p], right[order - p].x, right[order - p].y);
-            mma<HALF>(products[n][i][2 * half + 1], left[n][p], right[order - p].z, right[order - p].w);
+            mma<HALF>(products[n][i][2 * half], left[n][p], right.x, right.y);
+            mma<HALF>(products[n][i][2 * half + 1], left[n][p], right.z, right.w);
           }
         }
       }
@@ -226,120 +218,61 @@ struct Groups {
   }
 };
 
-// What a strip's tiles need, copied ahead into a ring in shared memory, in the order of use: a stage holds one or two rank blocks of a down factor, for
-// all warps, and with a tile's first one comes the tile itself. A tile without products has one stage all the same.
-template <u32 DTYPE, u32 BLOCKS, int STAGES>
-struct Ring {
-  using Tiles = Stored<DTYPE>[4 * BLOCKS][THREADS];
-  static constexpr u32 DOWN = 3 * THREADS;  // uint4s of a stage: three parts of a rank block, or two rank blocks
+// A pair of factors as fragments.
+struct Pair {
+  const uint4 *up, *down;
+  u32 format, ranks;
 
-  const Target& target;
-  const Term* terms;
-  Strip strip;
-  Place<BLOCKS> place;
-  Tiles* tiles;
-  uint4* downs;
-  // What is copied next: tile, term, whether the second pair, the first rank block.
-  u32 tile = 0, tile_stage = 0, term, rank = 0, stage = 0;
-  bool second = false;
-
-  __device__ __forceinline__ Ring(const Target& target, const Term* terms, const Strip& strip, void* shared)
-      : target(target), terms(terms), strip(strip), place(strip.row_tile), tiles(static_cast<Tiles*>(shared)) {
-    downs = reinterpret_cast<uint4*>(tiles + STAGES);
-    term = 0;
+  __device__ __forceinline__ Pair(const Term& term, bool second) {
+    up = static_cast<const uint4*>(second ? term.a2 : term.a);
+    down = static_cast<const uint4*>(second ? term.b2 : term.b);
+    format = second ? term.format2 : term.format;
+    ranks = second ? term.ranks2 : term.ranks;
   }
-
-  __device__ __forceinline__ void copy_next() {
-    if (tile < strip.count) {
-      if (rank == 0 && !second && term == 0) {
-        place.move_to(strip.column_tile + tile);
-        copy_tile<DTYPE, BLOCKS>(tiles[tile_stage], target, place);
-      }
-      bool last = true;
-      if (term < target.products) {
-        const Term& t = terms[term];
-        const u32 parts = parts_of(second ? t.format2 : t.format), ranks = second ? t.ranks2 : t.ranks;
-        const Groups groups(t, strip.column_tile + tile);
-        const uint4* from = static_cast<const uint4*>(second ? t.b2 : t.b) + threadIdx.x % 64;
-        from += (groups.group[threadIdx.x / 64] * ranks + rank) * parts * u64(64);
-        uint4* to = downs + stage * DOWN + threadIdx.x;
-        const u32 until = min(rank + (parts == 1 ? 2 : 1), ranks), count = (until - rank) * parts;
-        if (groups.any) {
-#pragma unroll
-          for (u32 i = 0; i < 3; i++) {
-            if (i < count) copy_async<16>(to + i * THREADS, from + i * 64);
-          }
-        }
-        rank = until;
-        if (rank == ranks) {
-          rank = 0;
-          second = t.kind == HADAMARD && !second;
-          if (!second) term++;
-        }
-        last = rank == 0 && !second && term == target.products;
-      }
-      if (last) {
-        tile++;
-        tile_stage = tile_stage + 1 == STAGES ? 0 : tile_stage + 1;
-        term = 0;
-      }
-    }
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
-    commit_copies();
-  }
+  // Of a block of 16 rows or half a group of 32 columns.
+  __device__ __forceinline__ u32 fragments() const { return ranks * parts_of(format); }
 };
 
-// The consumer's side: the stage in use.
-template <u32 DTYPE, u32 BLOCKS, int STAGES>
-struct Reader {
-  Ring<DTYPE, BLOCKS, STAGES> ring;
-  u32 stage = 0;
+__device__ __forceinline__ u32 pairs_of(const Term& term) { return term.kind == HADAMARD ? 2 : 1; }
 
-  __device__ __forceinline__ Reader(const Target& target, const Term* terms, const Strip& strip, void* shared) : ring(target, terms, strip, shared) {}
+// The up factors of a block's rows, kept in shared memory for the length of a strip as far as there is room, which counts fragments of a warp; the
+// others are read where they are.
+template <u32 BLOCKS>
+struct Ups {
+  uint4* kept;  // [pair][block of 16 rows][rank block][part][lane]
+  u32 room;
+  u32 used;
 
-  __device__ __forceinline__ void begin() {
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) ring.copy_next();
+  __device__ __forceinline__ Ups(void* shared, u32 fragments_per_warp) : kept(static_cast<uint4*>(shared)), room(fragments_per_warp), used(0) {}
+
+  // Takes room for the pair; NULL: there is none.
+  __device__ __forceinline__ uint4* take(const Pair& pair) {
+    const u32 need = BLOCKS * pair.fragments();
+    if (used + need > room) return nullptr;
+    used += need;
+    return kept + (used - need) * THREADS;
   }
 
-  // The next stage's down fragments, of the calling warp's lane.
-  __device__ __forceinline__ const uint4* next() {
-    wait_for_copies<STAGES - 2>();
-    // All warps have this stage now, and are done with the one before it, which is filled anew.
-    __syncthreads();
-    ring.copy_next();
-    const uint4* down = ring.downs + stage * ring.DOWN + (threadIdx.x & 31);
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
-    return down;
-  }
-
-  // products += up @ down, over all stages of one pair.
-  template <bool HALF, int PARTS>
-  __device__ __forceinline__ void add_pair(Sum (&products)[BLOCKS], const uint4* up, const void*, u32 ranks, const Groups&, bool any) {
-    constexpr u32 STEP = PARTS == 1 ? 2 : 1;
-    for (u32 k = 0; k < ranks; k += STEP) {
-      const uint4* first = next();
-      if (!any) continue;
-#pragma unroll
-      for (u32 i = 0; i < STEP; i++) {
-        if (k + i >= ranks) break;
-        const uint4* const down[2] = {first + i * THREADS, first + i * THREADS + 64};
-        add_product<HALF, PARTS>(products, up + (k + i) * PARTS * 32, ranks * PARTS * 32, down, THREADS);
-      }
-    }
+  // The fragments of the warp's first block of rows, which is the factor's `row_block`th.
+  __device__ __forceinline__ const uint4* place(const Pair& pair, u32 row_block) {
+    const uint4* there = take(pair);
+    const u32 block = there ? threadIdx.x / 32 * BLOCKS : row_block;
+    return (there ? there : pair.up) + u64(block) * pair.fragments() * 32 + (threadIdx.x & 31);
   }
 };
 
 // Without a ring: factors are read where they are.
 struct Direct {
-  template <bool HALF, int PARTS>
-  __device__ __forceinline__ void add_pair(Sum (&products)[1], const uint4* up, const void* down, u32 ranks, const Groups& at, bool any) {
+  // products += up @ down. `up_step`: between blocks of rows.
+  template <bool HALF, int PARTS, u32 BLOCKS>
+  __device__ __forceinline__ void add_pair(Sum (&products)[BLOCKS], const uint4* up, u32 up_step, const Pair& pair, const Groups& at, bool any) {
     if (!any) return;
-    const uint4* from = static_cast<const uint4*>(down) + (threadIdx.x & 31);
+    const uint4* from = pair.down + (threadIdx.x & 31);
+    const u32 ranks = pair.ranks;
 #pragma unroll 1
     for (u32 k = 0; k < ranks; k++) {
       const uint4* const groups[2] = {from + (u64(at.group[0]) * ranks + k) * PARTS * 64, from + (u64(at.group[1]) * ranks + k) * PARTS * 64};
-      add_product<HALF, PARTS>(products, up + k * PARTS * 32, ranks * PARTS * 32, groups, 64);
+      add_product<HALF, PARTS>(products, up + k * PARTS * 32, up_step, groups, 64);
     }
   }
 };
@@ -355,20 +288,19 @@ __device__ __forceinline__ float gain_at(const Term& term, u32 row, u32 column) 
 
 // total += coefficient * gain * product, inside the region: outside it a product is zero, but for what is not finite in the factors.
 __device__ __forceinline__ void add_scaled(Sum& total, const Sum& product, const Target& target, const Term& term, const Place<1>& place) {
-  const float coefficient = term.coefficient;
-  if (!term.gain && term.rows == target.rows && term.columns == target.columns) {
-#pragma unroll
-    for (int i = 0; i < 32; i++) {
-      float& sum = total[i / 16][i / 4 % 4][i % 4];
-      sum = fmaf(coefficient, product[i / 16][i / 4 % 4][i % 4], sum);
-    }
-    return;
-  }
   const bool upper = place.row - term.row < term.rows, lower = place.row + 8 - term.row < term.rows;
-  float rows[2] = {coefficient, coefficient};
+  float rows[2] = {term.coefficient, term.coefficient};
   if (term.gain && term.gain_axis == 0) {
     rows[0] *= upper ? __ldg(term.gain + place.row - term.row) : 0.0f;
     rows[1] *= lower ? __ldg(term.gain + place.row + 8 - term.row) : 0.0f;
+  }
+  if (term.rows == target.rows && term.columns == target.columns && !(term.gain && term.gain_axis == 1)) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+      float& sum = total[i / 16][i / 4 % 4][i % 4];
+      sum = fmaf(rows[i / 2 % 2], product[i / 16][i / 4 % 4][i % 4], sum);
+    }
+    return;
   }
 #pragma unroll
   for (int i = 0; i < 16; i++) {
@@ -382,39 +314,34 @@ __device__ __forceinline__ void add_scaled(Sum& total, const Sum& product, const
   }
 }
 
-// Copies the up factors of the target's products, as far as there is room.
-template <u32 BLOCKS>
-__device__ __forceinline__ void copy_ups(Ups<BLOCKS> ups, const Target& target, const Term* terms, const Place<BLOCKS>& place) {
-  for (u32 i = 0; i < target.products; i++) {
-    const Term& term = terms[i];
-    const u32 row_block = place.row_block - term.row / 16;
-    ups.copy(term.a, term.ranks * parts_of(term.format), row_block, row_blocks(term));
-    if (term.kind == HADAMARD) ups.copy(term.a2, term.ranks2 * parts_of(term.format2), row_block, row_blocks(term));
-  }
-}
-
 // total += the target's products on the warp's part of it.
 template <class Reader>
 __device__ __forceinline__ void sum_products(Sum& total, Reader& reader, Ups<1> ups, const Target& target, const Term* terms,
                                              const Place<1>& place, u32 column_tile) {
-  const auto product_of = [&](Sum(&product)[1], const uint4* up, const void* down, u32 format, u32 ranks, const Groups& groups, bool any) {
-    clear(product[0]);
-    if (format == FORMAT_SPLIT) reader.template add_pair<false, 3>(product, up, down, ranks, groups, any);
-    else if (format == FORMAT_F16) reader.template add_pair<true, 1>(product, up, down, ranks, groups, any);
-    else reader.template add_pair<false, 1>(product, up, down, ranks, groups, any);
-  };
+#pragma unroll 1
   for (u32 i = 0; i < target.products; i++) {
     const Term& term = terms[i];
-    const u32 row_block = place.row_block - term.row / 16;
+    const u32 row_block = place.row_block - term.row / 16, pairs = pairs_of(term);
     const Groups groups(term, column_tile);
     const bool any = groups.any && row_block < row_blocks(term);
-    Sum product[1];
-    product_of(product, ups.place(term.a, term.ranks * parts_of(term.format), row_block), term.b, term.format, term.ranks, groups, any);
-    if (term.kind == HADAMARD) {
-      Sum other[1];
-      product_of(other, ups.place(term.a2, term.ranks2 * parts_of(term.format2), row_block), term.b2, term.format2, term.ranks2, groups, any);
+    Sum product[1], first;
+#pragma unroll 1
+    for (u32 n = 0; n < pairs; n++) {
+      const Pair pair(term, n);
+      const uint4* up = ups.place(pair, row_block);
+      clear(product[0]);
+      if (groups.any) {
+        if (pair.format == FORMAT_SPLIT) reader.template add_pair<false, 3>(product, up, 0, pair, groups, any);
+        else if (pair.format == FORMAT_F16) reader.template add_pair<true, 1>(product, up, 0, pair, groups, any);
+        else reader.template add_pair<false, 1>(product, up, 0, pair, groups, any);
+      }
+      if (n + 1 < pairs) {
 #pragma unroll
-      for (int j = 0; j < 32; j++) product[0][j / 16][j / 4 % 4][j % 4] *= other[0][j / 16][j / 4 % 4][j % 4];
+        for (int j = 0; j < 32; j++) first[j / 16][j / 4 % 4][j % 4] = product[0][j / 16][j / 4 % 4][j % 4];
+      } else if (pairs > 1) {
+#pragma unroll
+        for (int j = 0; j < 32; j++) product[0][j / 16][j / 4 % 4][j % 4] *= first[j / 16][j / 4 % 4][j % 4];
+      }
     }
     if (any) add_scaled(total, product[0], target, term, place);
   }
@@ -428,7 +355,8 @@ struct Plain {
   uint4 low[COUNT], high[COUNT];  // fp32 ones need both
   float factor[COUNT];
 
-  __device__ __forceinline__ void load(int first, const Target& target, const Term& term, const Place<1>& place) {
+  template <class Place>
+  __device__ __forceinline__ void load(int first, const Target& target, const Term& term, const Place& place) {
     const u32 dtype = term.kind == KRON ? term.format2 : term.kind == DENSE ? term.format : u32(F32);
     const u8* from = static_cast<const u8*>(term.kind == KRON ? term.b : term.a);
 #pragma unroll
@@ -452,36 +380,36 @@ struct Plain {
     }
   }
 
-  template <class Value>
-  __device__ __forceinline__ void add_values(Sum& total, int first, float coefficient, Value value) const {
-#pragma unroll
-    for (int n = 0; n < COUNT; n++) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        float& sum = total[(first + n) / 2][i / 2][(first + n) % 2 * 2 + i % 2];
-        sum = fmaf(coefficient * factor[n], value(n, i), sum);
-      }
-    }
-  }
-
   // total += the term. `eights` is the lane's part of the weight.
   template <u32 DTYPE>
   __device__ __forceinline__ void add(Sum& total, int first, const Stored<DTYPE> (*eights)[THREADS], const Target& target, const Term& term) const {
-    const auto word = [&](int n, int i) {
-      const uint4& four = i < 4 ? low[n] : high[n];
-      return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
-    };
-    const u32 dtype = term.kind == KRON ? term.format2 : term.format;
-    if (term.kind == SCALE_ROWS) {
-      add_values(total, first, term.coefficient * target.scale, [&](int n, int i) { return eights[first + n][threadIdx.x].value(i); });
-    } else if (term.kind == SCALE_COLUMNS) {
-      add_values(total, first, term.coefficient * target.scale, [&](int n, int i) { return bits_to_float(word(n, i)) * eights[first + n][threadIdx.x].value(i); });
-    } else if (dtype == F32) {
-      add_values(total, first, term.coefficient, [&](int n, int i) { return bits_to_float(word(n, i)); });
-    } else if (dtype == BF16) {
-      add_values(total, first, term.coefficient, [&](int n, int i) { return bits_to_float(i % 2 ? word(n, i / 2) & 0xffff0000 : word(n, i / 2) << 16); });
-    } else {
-      add_values(total, first, term.coefficient, [&](int n, int i) { return half_to_float(u16(i % 2 ? word(n, i / 2) >> 16 : word(n, i / 2))); });
+    const bool scales = term.kind == SCALE_ROWS || term.kind == SCALE_COLUMNS;
+    const u32 dtype = term.kind == KRON ? term.format2 : term.kind == DENSE ? term.format : u32(F32);
+    const float coefficient = scales ? term.coefficient * target.scale : term.coefficient;
+#pragma unroll
+    for (int n = 0; n < COUNT; n++) {
+      float values[8];
+      if (dtype == F32) {
+        const float4 a = reinterpret_cast<const float4&>(low[n]), b = reinterpret_cast<const float4&>(high[n]);
+        const float all[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = all[i];
+      } else if (dtype == BF16) {
+        reinterpret_cast<const Stored<BF16>&>(low[n]).values(values);
+      } else {
+        reinterpret_cast<const Stored<F16>&>(low[n]).values(values);
+      }
+      if (scales) {
+        float w[8];
+        eights[first + n][threadIdx.x].values(w);
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = term.kind == SCALE_ROWS ? w[i] : w[i] * values[i];
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        float& sum = total[(first + n) / 2][i / 2][(first + n) % 2 * 2 + i % 2];
+        sum = fmaf(coefficient * factor[n], values[i], sum);
+      }
     }
   }
 };
