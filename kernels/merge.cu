@@ -79,43 +79,31 @@ __device__ __forceinline__ void encode_eight(u32 (&raw)[2], const float (&sum)[8
   }
 }
 
-// Rounds and writes one eight: W + coefficient * total.
+// Rounds and writes one eight: W + coefficient * sums. `usual`: no sum is 0 or, of 8 bits, anything but finite.
 template <u32 DTYPE>
-__device__ __forceinline__ void write_eight(const Stored<DTYPE>& old, const Sum& total, float coefficient, int group, int half, const Target& target,
-                                            u32 row, u32 column, u8* to) {
-  if (row >= target.rows || column >= target.columns) return;
-  const auto sum_of = [&](int i) { return total[group][i / 2][half * 2 + i % 2]; };
+__device__ __forceinline__ Stored<DTYPE> add_to_eight(const Stored<DTYPE>& old, const float (&sums)[8], float coefficient, const Target& target, bool usual, u64 element) {
   Stored<DTYPE> result;
   float sum[8];
   old.values(sum);
-  // Most eights have neither a 0 nor a NaN, which is what could come from bits that must stay.
-  bool usual = true;
   if constexpr (SIZE<DTYPE> == 1) {
     const float scale = target.scale;
-    float probe = 0.0f;  // NaN once a sum is not finite
     if (scale != 1.0f) {
+      const float inverse = 1.0f / scale;
 #pragma unroll
-      for (int i = 0; i < 8; i++) sum[i] *= scale;
-    }
+      for (int i = 0; i < 8; i++) {
+        const float whole = sum[i] * scale + sums[i] * coefficient;
+        // Division as it is rounded: what the product lacks is corrected.
+        const float quotient = whole * inverse;
+        sum[i] = fabsf(quotient) < 3.4e38f ? fmaf(fmaf(-quotient, scale, whole), inverse, quotient) : quotient;
+      }
+    } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const float delta = sum_of(i) * coefficient;
-      usual &= fabsf(delta) > 0.0f;
-      sum[i] += delta;
-      probe = fmaf(sum[i], 0.0f, probe);
+      for (int i = 0; i < 8; i++) sum[i] += sums[i] * coefficient;
     }
-    if (scale != 1.0f) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) sum[i] /= scale;
-    }
-    usual &= probe == 0.0f;
-    encode_eight<DTYPE == E4M3 ? 3 : 2>(result.raw, sum, target, u64(row) * target.columns + column);
+    encode_eight<DTYPE == E4M3 ? 3 : 2>(result.raw, sum, target, element);
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      sum[i] = fmaf(sum_of(i), coefficient, sum[i]);
-      usual &= fabsf(sum[i]) > 0.0f;
-    }
+    for (int i = 0; i < 8; i++) sum[i] = fmaf(sums[i], coefficient, sum[i]);
 #pragma unroll
     for (int j = 0; j < 2 * SIZE<DTYPE>; j++) {
       result.raw[j] = DTYPE == F32 ? __float_as_uint(sum[j]) : DTYPE == BF16 ? pack_bf16(sum[j % 4 * 2], sum[j % 4 * 2 + 1]) : pack_half(sum[j % 4 * 2], sum[j % 4 * 2 + 1]);
@@ -128,37 +116,81 @@ __device__ __forceinline__ void write_eight(const Stored<DTYPE>& old, const Sum&
       const u32 mask = (SIZE<DTYPE> == 4 ? ~0u : (1u << 8 * SIZE<DTYPE> % 32) - 1) << i % EACH * 8 * SIZE<DTYPE>;
       u32& word = result.raw[i / EACH];
       if (SIZE<DTYPE> == 1 && sum[i] != sum[i]) word = (word & ~mask) | (0x7f7f7f7f & mask);
-      if (sum_of(i) * coefficient == 0.0f) word = (word & ~mask) | (old.raw[i / EACH] & mask);
+      // Where nothing is added every bit stays, -0 and NaN included.
+      if (sums[i] * coefficient == 0.0f) word = (word & ~mask) | (old.raw[i / EACH] & mask);
     }
   }
-  result.store(to);
+  return result;
 }
 
 // Rounds and writes the lane's part of a tile.
-template <u32 DTYPE, class Place, u32 BLOCKS>
-__device__ __forceinline__ void write_tile(const Stored<DTYPE> (*eights)[THREADS], const Sum (&total)[BLOCKS], float coefficient, const Target& target,
-                                           const Place& place) {
-  u8* out = static_cast<u8*>(target.out) + (place.row * target.out_row + place.column) * SIZE<DTYPE>;
-  const u64 step = target.out_row * SIZE<DTYPE>;
+template <u32 DTYPE, class Place, u32 BLOCKS, u32 ALL>
+__device__ __forceinline__ void write_tile(const Stored<DTYPE> (*eights)[ALL], const Sum (&total)[BLOCKS], float coefficient, const Target& target,
+                                           const Place& place, u32 until) {
+  u8* out = static_cast<u8*>(target.out);
+  const u32 rows = target.rows, columns = min(target.columns, until);
+  const u64 pitch = target.out_row;
+  const auto sum_of = [&](int n, int i) { return total[n / 4][n / 2 % 2][i / 2][n % 2 * 2 + i % 2]; };
+  // Four at a time: a product that vanishes where no factor does costs time alone.
+  bool usual = coefficient != 0.0f;
+  float probe = 0.0f;
 #pragma unroll
-  for (int n = 0; n < 4 * BLOCKS; n++) {
+  for (int j = 0; j < 8 * BLOCKS; j++) {
+    const float* four = total[j / 8][j / 4 % 2][j % 4];
+    const float all = (four[0] * four[1]) * (four[2] * four[3]);
+    usual &= fabsf(all) > 0.0f;
+    // 0 until something is not finite.
+    probe = fmaf(all, 0.0f, probe);
+  }
+  if constexpr (SIZE<DTYPE> == 1) {
+    u32 special = 0;
+#pragma unroll
+    for (int n = 0; n < 4 * BLOCKS; n++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) special |= (eights[n][threadIdx.x].raw[i] & 0x7f7f7f7f) + (DTYPE == E4M3 ? 0x01010101 : 0x04040404);
+    }
+    usual &= probe == 0.0f && !(special & 0x80808080);
+  }
+  const auto write = [&](int n, bool usual) {
+    float sums[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) sums[i] = sum_of(n, i);
     const u32 row = place.row_of(n), column = place.column_of(n);
-    u8* to = out + (row - place.row) * step + (column - place.column) * SIZE<DTYPE>;
-    write_eight<DTYPE>(eights[n][threadIdx.x], total[n / 4], coefficient, n / 2 % 2, n % 2, target, row, column, to);
+    const Stored<DTYPE> result = add_to_eight<DTYPE>(eights[n][threadIdx.x], sums, coefficient, target, usual, u64(row) * target.columns + column);
+    if (row < rows && column < columns) result.store(out + place.offset_of(n, pitch) * SIZE<DTYPE>);
+  };
+  if constexpr (SIZE<DTYPE> == 1) {
+#pragma unroll
+    for (int n = 0; n < 4 * BLOCKS; n++) write(n, usual);
+  } else if (usual) {
+#pragma unroll
+    for (int n = 0; n < 4 * BLOCKS; n++) write(n, true);
+  } else {
+#pragma unroll
+    for (int n = 0; n < 4 * BLOCKS; n++) write(n, false);
   }
 }
 
+#ifndef TILES
+#define TILES 1
+#endif
+#ifndef FTILES
+#define FTILES 1
+#endif
+#ifndef PTILES
+#define PTILES 2
+#endif
 #ifndef PFRAG
 #define PFRAG 2
 #endif
-#ifndef TILES
-#define TILES 2
+#ifndef NACROSS
+#define NACROSS 2
 #endif
-// The tiles of the weight that a block's warps copy ahead, each lane what it will use itself. src/merge/cuda/launch.rs counts the bytes.
-template <u32 DTYPE, class Place>
+// The tiles of the weight that a block's warps copy ahead, COUNT of them, each lane what it will use itself. ACROSS of them are one here.
+template <u32 DTYPE, class Place, u32 COUNT, u32 ACROSS = 1>
 struct Tiles {
-  static constexpr u32 COUNT = TILES;
-  using Tile = Stored<DTYPE>[Place::EIGHTS][THREADS];
+  using Tile = Stored<DTYPE>[Place::EIGHTS][Place::ALL_THREADS];
+  static constexpr u32 BYTES = COUNT * sizeof(Tile);
   Tile* tiles;
   Place place;
   const Target& target;
@@ -166,95 +198,97 @@ struct Tiles {
   u32 slot = 0;  // of the oldest tile
 
   __device__ __forceinline__ Tiles(void* shared, const Target& target, const Strip& strip)
-      : tiles(static_cast<Tile*>(shared)), place(strip.row_tile), target(target), next(strip.column_tile), last(strip.column_tile + strip.count) {
+      : tiles(static_cast<Tile*>(shared)), place(strip), target(target), next(strip.column_tile), last(strip.column_tile + strip.count) {
 #pragma unroll
     for (u32 i = 0; i < COUNT; i++) copy_next();
   }
+
+  // The column where the strip ends.
+  __device__ __forceinline__ u32 until() const { return last * COLUMNS; }
 
   // Copies a tile into the oldest's place.
   __device__ __forceinline__ void copy_next() {
     if (next < last) {
       place.move_to(next);
-      copy_tile<DTYPE>(tiles[slot], target, place);
+      copy_tile<DTYPE>(tiles[slot], target, place, until());
     }
-    next++;
+    next += ACROSS;
     slot = slot + 1 == COUNT ? 0 : slot + 1;
     commit_copies();
   }
 
-  // The oldest tile is there.
-  __device__ __forceinline__ void wait() { wait_for_copies<COUNT - 1>(); }
+  // The oldest tile, once it is there.
+  __device__ __forceinline__ const Stored<DTYPE> (*wait())[Place::ALL_THREADS] {
+    wait_for_copies<COUNT - 1>();
+    return tiles[slot];
+  }
 };
 
-template <u32 DTYPE>
+template <u32 DTYPE, u32 ACROSS>
 __device__ __forceinline__ void merge_products(const Target* targets, const Term* all, const Strip* strips, u32 room) {
   constexpr u32 BLOCKS = SIZE<DTYPE> == 4 ? 1 : 2;
-  using Place = ::Place<BLOCKS>;
-  using Copied = Tiles<DTYPE, Place>;
-  __shared__ Work work;
+  using Place = ::Place<BLOCKS, ACROSS>;
+  using Copied = Tiles<DTYPE, Place, TILES, ACROSS>;
+  using Factors = ::Factors<PFRAG, BLOCKS, ACROSS>;
+  __shared__ Target target;
   const Strip strip = strips[blockIdx.x];
-  if (threadIdx.x == 0) Factors<PFRAG, BLOCKS>::init(strip);
-  work.load(targets, all, strip.target);
-  const Target& target = work.target;
-  const Term* const terms = work.terms;
-  Factors<PFRAG, BLOCKS> factors(sizeof(typename Copied::Tile) * Copied::COUNT, room, target, terms, strip);
+  if (threadIdx.x == 0) Factors::init(strip);
+  if (threadIdx.x < sizeof(Target) / 4) reinterpret_cast<u32*>(&target)[threadIdx.x] = reinterpret_cast<const u32*>(targets + strip.target)[threadIdx.x];
+  __syncthreads();
   Copied tiles(shared, target, strip);
-  Place place(strip.row_tile);
+  Factors factors(Copied::BYTES, room, target, all + target.first, strip);
+  Place place(strip);
   factors.wait();
-  for (u32 tile = strip.column_tile; tile < strip.column_tile + strip.count; tile++) {
+#pragma unroll 1
+  for (u32 tile = strip.column_tile; tile < strip.column_tile + strip.count; tile += ACROSS) {
     place.move_to(tile);
     Sum total[BLOCKS];
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++) clear(total[n]);
-    Ups<BLOCKS> ups = factors.ups;
     float coefficient = 1.0f;
+    const u32 count = target.products;
 #pragma unroll 1
-    for (u32 k = 0; k < target.products; k++) {
-      const Term& term = terms[k];
+    for (u32 k = 0; k < count; k++) {
+      const Product& product = factors.reader.get(k);
       // The sum so far in units of this term's coefficient: one set of registers serves all terms. They come in the order of their coefficients,
       // so that a carry is at most 1.
-      const float carry = term.carry;
+      const float carry = product.carry;
       if (k > 0 && carry != 1.0f) {
 #pragma unroll
         for (int i = 0; i < 32 * BLOCKS; i++) total[i / 32][i / 16 % 2][i / 4 % 4][i % 4] *= carry;
       }
-      coefficient = term.coefficient;
-      const Pair pair(term, false);
-      const u32 row_block = place.row_block - term.row / 16;
-      const uint4* up = ups.place(pair, row_block);
-      const Groups groups(term, tile);
-      if (!groups.any) continue;
-      const bool any = row_block < row_blocks(term);
+      coefficient = product.coefficient;
+      if (!factors.reader.touches(product, tile)) continue;
+      const Product::Pair& pair = product.pairs[0];
+      const bool mine = product.has_block(place.row_block) && (ACROSS == 1 || product.touches(place.group / 2));
       // A factor may end with the first block.
-      const u32 step = row_block + 1 < row_blocks(term) ? pair.fragments() * 32 : 0;
-      if (term.format == FORMAT_F16) factors.reader.template add_pair<true, 1>(total, up, step, pair, groups, any);
-      else factors.reader.template add_pair<false, 1>(total, up, step, pair, groups, any);
+      const u32 step = product.has_block(place.row_block + 1) ? pair.fragments * 32 : 0;
+      const uint4* up = up_of(pair, place.row_block);
+      if (pair.format == FORMAT_F16) factors.reader.template add_pair<true, 1>(total, up, step, product, pair, place.group, mine);
+      else factors.reader.template add_pair<false, 1>(total, up, step, product, pair, place.group, mine);
     }
-    tiles.wait();
-    write_tile<DTYPE>(tiles.tiles[tiles.slot], total, coefficient, target, place);
+    write_tile<DTYPE>(tiles.wait(), total, coefficient, target, place, tiles.until());
     tiles.copy_next();
   }
 }
 
 // The plain terms, and the end of a tile. AT_ONCE of its eights are on their way at a time.
-template <int AT_ONCE, u32 DTYPE, class Place>
-__device__ __forceinline__ void finish_tile(Sum (&total)[1], Tiles<DTYPE, Place>& tiles, const Target& target, const Term* terms, const Place& place) {
-  const Stored<DTYPE> (*eights)[THREADS] = tiles.tiles[tiles.slot];
-  bool waited = false;
+template <int AT_ONCE, u32 DTYPE, class Tiles, class Place>
+__device__ __forceinline__ void finish_tile(Sum (&total)[1], Tiles& tiles, const Target& target, const Term* terms, const Place& place) {
+  const Stored<DTYPE> (*eights)[THREADS] = nullptr;
 #pragma unroll 1
   for (u32 i = target.products; i < target.count; i++) {
 #pragma unroll
     for (int n = 0; n < 4; n += AT_ONCE) {
       Plain<AT_ONCE> plain;
       plain.load(n, target, terms[i], place);
-      if (!waited) tiles.wait();
-      waited = true;
+      eights = tiles.wait();
       plain.template add<DTYPE>(total[0], n, eights, target, terms[i]);
       asm volatile("" ::: "memory");
     }
   }
-  if (!waited) tiles.wait();
-  write_tile<DTYPE>(eights, total, 1.0f, target, place);
+  eights = tiles.wait();
+  write_tile<DTYPE>(eights, total, 1.0f, target, place, tiles.until());
   tiles.copy_next();
 }
 
@@ -264,34 +298,38 @@ __device__ __forceinline__ void merge_plain(const Target* targets, const Term* a
   const Strip strip = strips[blockIdx.x];
   work.load(targets, all, strip.target);
   const Target& target = work.target;
-  Tiles<DTYPE, Lines> tiles(shared, target, strip);
-  Lines place(strip.row_tile);
+  Tiles<DTYPE, Lines, PTILES> tiles(shared, target, strip);
+  Lines place(strip);
+#pragma unroll 1
   for (u32 tile = strip.column_tile; tile < strip.column_tile + strip.count; tile++) {
     place.move_to(tile);
     Sum total[1];
     clear(total[0]);
-    finish_tile<4>(total, tiles, target, work.terms, place);
+    finish_tile<4, DTYPE>(total, tiles, target, work.terms, place);
   }
 }
 
 template <u32 DTYPE>
 __device__ __forceinline__ void merge_full(const Target* targets, const Term* all, const Strip* strips, u32 room) {
-  using Copied = Tiles<DTYPE, Place<1>>;
+  using Copied = Tiles<DTYPE, Place<1>, FTILES>;
+  using Factors = ::Factors<3, 1, 1>;
   __shared__ Work work;
   const Strip strip = strips[blockIdx.x];
-  if (threadIdx.x == 0) Factors<3, 1>::init(strip);
+  if (threadIdx.x == 0) Factors::init(strip);
   work.load(targets, all, strip.target);
   const Target& target = work.target;
-  Factors<3, 1> factors(sizeof(typename Copied::Tile) * Copied::COUNT, room, target, work.terms, strip);
   Copied tiles(shared, target, strip);
-  Place<1> place(strip.row_tile);
+  Aside aside = {reinterpret_cast<float4(*)[THREADS]>(shared + Copied::BYTES / 16)};
+  Factors factors(Copied::BYTES + sizeof(Sum) * THREADS, room, target, work.terms, strip);
+  Place<1> place(strip);
   factors.wait();
+#pragma unroll 1
   for (u32 tile = strip.column_tile; tile < strip.column_tile + strip.count; tile++) {
     place.move_to(tile);
     Sum total[1];
     clear(total[0]);
-    sum_products(total[0], factors.reader, factors.ups, target, work.terms, place, tile);
-    finish_tile<2>(total, tiles, target, work.terms, place);
+    sum_products(total[0], factors.reader, aside, target, work.terms, place);
+    finish_tile<2, DTYPE>(total, tiles, target, work.terms, place);
   }
 }
 
@@ -313,8 +351,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* ta
     {
       Sum total;
       clear(total);
-      Direct direct;
-      sum_products(total, direct, Ups<1>(nullptr, 0), target, terms, place, tile);
+      Direct direct(terms);
+      sum_products(total, direct, Aside{reinterpret_cast<float4(*)[THREADS]>(sums)}, target, terms, place);
       parked.park(total);
     }
     add_single(parked, target, terms, place, [&](u32 n, u32 i) {
@@ -349,18 +387,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* ta
 #define PRODB 4
 #endif
 #ifndef FULLB
-#define FULLB 3
+#define FULLB 4
 #endif
-#define MERGE_AS(name, blocks, body)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(THREADS, blocks) merge_##name(const Target* targets, const Term* terms, \
+#define MERGE_AS(name, threads, blocks, body)                                                                          \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) merge_##name(const Target* targets, const Term* terms, \
                                                                              const Strip* strips, u32 room) {          \
     body(targets, terms, strips, room);                                                                                \
   }
 // The number is how many blocks' registers a multiprocessor shall have room for.
-#define MERGE(name, dtype)                         \
-  MERGE_AS(name, PRODB, merge_products<dtype>)     \
-  MERGE_AS(name##_plain, 4, merge_plain<dtype>)    \
-  MERGE_AS(name##_full, FULLB, merge_full<dtype>)
+#define MERGE(name, dtype)                                                                     \
+  MERGE_AS(name, NACROSS * THREADS, PRODB / NACROSS, (merge_products<dtype, NACROSS>))         \
+  MERGE_AS(name##_plain, THREADS, 4, merge_plain<dtype>)                                       \
+  MERGE_AS(name##_full, THREADS, FULLB, merge_full<dtype>)
 
 MERGE(f32, F32)
 MERGE(f16, F16)

@@ -65,25 +65,28 @@ struct Barrier {
   }
 };
 
-template <u32 FRAGMENTS>
+// FRAGMENTS of a group are in a slot at most; ACROSS tiles stand side by side.
+template <u32 FRAGMENTS, u32 ACROSS>
 struct Ring {
 #ifndef NSLOTS
 #define NSLOTS 4
 #endif
-  static constexpr u32 SLOTS = NSLOTS, WARPS = THREADS / 32;
-  static constexpr u32 GROUP = FRAGMENTS * 64, SLOT = 2 * GROUP;  // uint4s
+  static constexpr u32 SLOTS = NSLOTS, WARPS = 4 * ACROSS;
+  static constexpr u32 GROUP = FRAGMENTS * 64, SLOT = 2 * ACROSS * GROUP;  // uint4s
 
   // In shared memory.
   struct State {
     Barrier full[SLOTS], empty[SLOTS], ups;
+    Barrier turn;  // one fill after the other
     // The unit that is copied next.
-    u32 tile, term, second, rank;
+    u32 tile, product, pair, rank;
 
     // By one thread, before a __syncthreads.
     __device__ __forceinline__ void init(const Strip& strip) {
       for (u32 i = 0; i < SLOTS; i++) full[i].init(Barrier::ARRIVALS), empty[i].init(WARPS);
       ups.init(Barrier::ARRIVALS);
-      tile = strip.column_tile, term = second = rank = 0;
+      turn.init(1);
+      tile = strip.column_tile, product = pair = rank = 0;
 #if __CUDA_ARCH__ >= 900
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
@@ -91,110 +94,92 @@ struct Ring {
   };
 
   uint4* slots;
+  Product* products;  // in shared memory, as many as the target has
   State& state;
-  const Target& target;
-  const Term* terms;
-  u32 last;  // tile
+  u32 count, last;  // products; the tile after the strip's
   u32 unit = 0;
 
-  __device__ __forceinline__ Ring(void* shared, State& state, const Target& target, const Term* terms, const Strip& strip)
-      : slots(static_cast<uint4*>(shared)), state(state), target(target), terms(terms), last(strip.column_tile + strip.count) {}
+  // Whether a product has a part in any of the tiles side by side.
+  __device__ __forceinline__ bool touches(const Product& product, u32 tile) const {
+    bool any = product.touches(tile);
+#pragma unroll
+    for (u32 i = 1; i < ACROSS; i++) any |= tile + i < last && product.touches(tile + i);
+    return any;
+  }
 
   // By a warp: copies the next unit into a slot that is free.
   __device__ __forceinline__ void fill(u32 slot) {
     if (LYCORE_BULK && threadIdx.x % 32 != 0) return;
-    u32 tile = state.tile, i = state.term;
-    while (tile < last) {
-      if (i >= target.products) {
-        i = 0;
-        tile++;
-        continue;
-      }
-      const Term& term = terms[i];
-      const Groups groups(term, tile);
-      if (!groups.any) {
-        i++;
-        continue;
-      }
-      const u32 second = state.second, rank = state.rank;
-      const Pair pair(term, second);
-      const u32 parts = parts_of(pair.format), until = min(rank + FRAGMENTS / parts, pair.ranks);
-      Barrier& full = state.full[slot];
+    u32 tile = state.tile, i = state.product;
+    for (; tile < last; tile += ACROSS, i = 0) {
+      while (i < count && !touches(products[i], tile)) i++;
+      if (i < count) break;
+    }
+    if (tile >= last) return;
+    const Product& product = products[i];
+    const u32 n = state.pair, rank = state.rank;
+    const Product::Pair& pair = product.pairs[n];
+    const u32 parts = parts_of(pair.format), until = min(rank + FRAGMENTS / parts, pair.ranks);
+    Barrier& full = state.full[slot];
+    const uint4* from = pair.down + u64(tile * 2 * pair.ranks + rank) * parts * 64;
+    uint4* to = slots + slot * SLOT;
+    const u32 run = (until - rank) * parts * 64;
 #pragma unroll
-      for (u32 g = 0; g < 2; g++) {
-        full.fetch(slots + slot * SLOT + g * GROUP, pair.down + (u64(groups.group[g]) * pair.ranks + rank) * parts * 64, (until - rank) * parts * 64);
-      }
-      full.fetched();
-      const bool done = until == pair.ranks, more = done && !second && term.kind == HADAMARD;
-      // On sm_80 all lanes have read what one changes.
-      if (!LYCORE_BULK) __syncwarp();
-      if (threadIdx.x % 32 == 0) {
-        state.rank = done ? 0 : until;
-        state.second = done ? more : second;
-        state.term = i + (done && !more);
-        state.tile = tile;
-      }
-      if (!LYCORE_BULK) __syncwarp();
-      return;
+    for (u32 g = 0; g < 2 * ACROSS; g++) {
+      if (tile + g / 2 < last && product.has_group(tile * 2 + g)) full.fetch(to + g * GROUP, from + g * pair.fragments * 64, run);
     }
+    full.fetched();
+    const bool done = until == pair.ranks, more = done && n + 1 < product.count;
+    // On sm_80 all lanes have read what one changes.
+    if (!LYCORE_BULK) __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      state.rank = done ? 0 : until;
+      state.pair = done ? more : n;
+      state.product = i + (done && !more);
+      state.tile = tile;
+    }
+    if (!LYCORE_BULK) __syncwarp();
   }
 
-  // Two warps begin.
-  template <u32 BLOCKS>
-  __device__ __forceinline__ void begin(Ups<BLOCKS> ups, const Strip& strip) {
-    const u32 warp = threadIdx.x / 32;
-    if (warp == 1) {
-      for (u32 i = 0; i < SLOTS; i++) fill(i);
-    }
-    if (warp != 0 || (LYCORE_BULK && threadIdx.x != 0)) return;
-    constexpr u32 TILE = WARPS * BLOCKS;
-    const u32 block = strip.row_tile * TILE;
-    for (u32 i = 0; i < target.products; i++) {
-      const Term& term = terms[i];
-      const u32 start = term.row / 16, first = max(block, start), last = min(block + TILE, start + row_blocks(term));
-      for (u32 n = 0; n < pairs_of(term); n++) {
-        const Pair pair(term, n);
-        const u32 each = pair.fragments() * 32;
-        uint4* to = ups.take(pair);
-        if (to && first < last) state.ups.fetch(to + (first - block) * each, pair.up + u64(first - start) * each, (last - first) * each);
-      }
-    }
-    state.ups.fetched();
-  }
-
-  // The unit that comes next, once it is there.
+  // The next unit, once it is there.
   __device__ __forceinline__ const uint4* next() {
     state.full[unit % SLOTS].wait(unit / SLOTS % 2);
-    return slots + unit % SLOTS * SLOT;
+    return slots + unit % SLOTS * SLOT + (ACROSS > 1 ? threadIdx.x / THREADS * 2 * GROUP : 0);
   }
 
   // After reading it.
   __device__ __forceinline__ void release() {
-    // The slot of the unit before: all warps but the slowest are done with it by now.
-    if (unit > 0 && unit % WARPS == threadIdx.x / 32) {
-      const u32 slot = (unit - 1) % SLOTS;
-      state.empty[slot].wait((unit - 1) / SLOTS % 2);
+    // What is filled is the slot of a unit before, which by now all warps but the slowest are done with.
+    constexpr u32 LATER = SLOTS > 3 ? 2 : 1;
+    if (unit >= LATER && unit % WARPS == threadIdx.x / 32) {
+      const u32 before = unit - LATER, slot = before % SLOTS;
+      state.empty[slot].wait(before / SLOTS % 2);
+      state.turn.wait((before + 1) % 2);
       fill(slot);
+      if (threadIdx.x % 32 == 0) state.turn.arrive();
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0) state.empty[unit % SLOTS].arrive();
     unit++;
   }
 
-  // products += up @ down. `up_step`: between blocks of rows.
+  __device__ __forceinline__ const Product& get(u32 i) const { return products[i]; }
+
+  // products += up @ down, by all warps, if `mine`. `up_step`: between blocks of rows.
   template <bool HALF, int PARTS, u32 BLOCKS>
-  __device__ __forceinline__ void add_pair(Sum (&products)[BLOCKS], const uint4* up, u32 up_step, const Pair& pair, const Groups&, bool any) {
+  __device__ __forceinline__ void add_pair(Sum (&products)[BLOCKS], const uint4* up, u32 up_step, const Product&, const Product::Pair& pair, u32, bool mine) {
     constexpr u32 STEP = FRAGMENTS / PARTS;
     const u32 ranks = pair.ranks;
 #pragma unroll 1
     for (u32 k = 0; k < ranks; k += STEP) {
       const uint4* down = next() + (threadIdx.x & 31);
-      if (any) {
+      if (mine) {
 #pragma unroll
         for (u32 i = 0; i < STEP; i++) {
           if (k + i >= ranks) break;
           const uint4* const groups[2] = {down + i * PARTS * 64, down + GROUP + i * PARTS * 64};
-          add_product<HALF, PARTS>(products, up + (k + i) * PARTS * 32, up_step, groups, 64);
+          add_product<HALF, PARTS>(products, up, up_step, groups, 64);
+          up += PARTS * 32;
         }
       }
       release();
@@ -205,12 +190,12 @@ struct Ring {
 
 extern __shared__ uint4 shared[];
 
-// A block's factors. In dynamic shared memory the tiles of the weight come first, `before` bytes, then the ring, then the up factors.
-template <u32 FRAGMENTS, u32 BLOCKS>
+// A block's factors. In dynamic shared memory the tiles of the weight come first, `before` bytes, then the ring, then the up factors of the block's rows
+// as far as there is room, which counts fragments of a warp (what does not fit is read where it is), then the table of products.
+template <u32 FRAGMENTS, u32 BLOCKS, u32 ACROSS>
 struct Factors {
-  Ups<BLOCKS> ups;
 #ifdef LYCORE_RING
-  using Reader = Ring<FRAGMENTS>;
+  using Reader = Ring<FRAGMENTS, ACROSS>;
   Reader reader;
 
   static __device__ __forceinline__ typename Reader::State& state() {
@@ -221,9 +206,38 @@ struct Factors {
   // By one thread, before a __syncthreads.
   static __device__ __forceinline__ void init(const Strip& strip) { state().init(strip); }
 
+  // By all threads; ends with a barrier.
   __device__ __forceinline__ Factors(u32 before, u32 room, const Target& target, const Term* terms, const Strip& strip)
-      : ups(shared + before / 16 + Reader::SLOTS * Reader::SLOT, room), reader(shared + before / 16, state(), target, terms, strip) {
-    reader.begin(ups, strip);
+      : reader{shared + before / 16, nullptr, state(), target.products, strip.column_tile + strip.count} {
+    uint4* const ups = reader.slots + Reader::SLOTS * Reader::SLOT;
+    reader.products = reinterpret_cast<Product*>(ups + room * THREADS);
+    for (u32 i = threadIdx.x; i < target.products; i += blockDim.x) reader.products[i].set(terms[i]);
+    __syncthreads();
+    const u32 warp = threadIdx.x / 32;
+    if (warp == 1) {
+      for (u32 i = 0; i < Reader::SLOTS; i++) reader.fill(i);
+    }
+    if (warp == 0 && (!LYCORE_BULK || threadIdx.x == 0)) {
+      constexpr u32 TILE = 4 * BLOCKS;
+      const u32 block = strip.row_tile * TILE;
+      u32 used = 0;
+      for (u32 i = 0; i < target.products; i++) {
+        Product& product = reader.products[i];
+        const u32 first = max(block, product.first_block), last = min(block + TILE, product.first_block + product.blocks);
+        for (u32 n = 0; n < product.count; n++) {
+          Product::Pair& pair = product.pairs[n];
+          const u32 need = BLOCKS * pair.fragments, each = pair.fragments * 32;
+          if (used + need > room) continue;
+          uint4* to = ups + used * THREADS;
+          used += need;
+          if (first < last) state().ups.fetch(to + (first - block) * each, pair.up + u64(first) * each, (last - first) * each);
+          if (!LYCORE_BULK) __syncwarp();
+          if (threadIdx.x == 0) pair.up = to - u64(block) * each;
+        }
+      }
+      state().ups.fetched();
+    }
+    __syncthreads();
   }
 
   // Until the up factors are there.
@@ -232,7 +246,7 @@ struct Factors {
   Direct reader;
 
   static __device__ __forceinline__ void init(const Strip&) {}
-  __device__ __forceinline__ Factors(u32, u32, const Target&, const Term*, const Strip&) : ups(nullptr, 0) {}
+  __device__ __forceinline__ Factors(u32, u32, const Target&, const Term* terms, const Strip&) : reader(terms) {}
   __device__ __forceinline__ void wait() {}
 #endif
 };

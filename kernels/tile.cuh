@@ -1,48 +1,63 @@
 // Tiles of a weight and the sum of terms on them.
 //
-// A block of four warps takes tiles of 4 * BLOCKS * 16 rows and 64 columns, a warp BLOCKS blocks of 16 rows and two groups of 32 columns. In each block
-// and group lane (g, t) holds rows g and g + 8 and the eight columns from t * 8: as they lie in memory, 16 bytes of a 16-bit weight, and as products
-// of fragments leave them (pack.cu). These eights are numbered block * 4 + group * 2 + half.
+// Four warps take a tile of 4 * BLOCKS * 16 rows and 64 columns, a warp BLOCKS blocks of 16 rows and two groups of 32 columns. In each block and group
+// lane (g, t) holds rows g and g + 8 and the eight columns from t * 8: as they lie in memory, 16 bytes of a 16-bit weight, and as products of fragments
+// leave them (pack.cu). These eights are numbered block * 4 + group * 2 + half.
 #pragma once
 #include "common.cuh"
 
-#ifndef NWARPS
-#define NWARPS 4
-#endif
-constexpr u32 THREADS = 32 * NWARPS;
+constexpr u32 THREADS = 128;
 constexpr u32 COLUMNS = 64;
 
 // [group][product][d]: element 2 * product + d % 2 of the eight in half d / 2.
 typedef float Sum[2][4][4];
 
-template <u32 BLOCKS>
+// Where a lane's eights are. ACROSS: so many tiles side by side, four warps each.
+template <u32 BLOCKS, u32 ACROSS = 1>
 struct Place {
+  static constexpr u32 EIGHTS = 4 * BLOCKS, ALL_THREADS = THREADS * ACROSS;
   u32 lane, row, column;  // the lane's first row and column in the weight
   u32 row_block, group;   // the warp's first, in units of 16 rows and 32 columns
 
   __device__ __forceinline__ explicit Place(u32 row_tile) {
     lane = threadIdx.x & 31;
-    row_block = (row_tile * (THREADS / 32) + threadIdx.x / 32) * BLOCKS;
+    row_block = (row_tile * 4 + threadIdx.x / 32 % 4) * BLOCKS;
     row = row_block * 16 + lane / 4;
   }
+  __device__ __forceinline__ explicit Place(const Strip& strip) : Place(strip.row_tile) {}
   __device__ __forceinline__ void move_to(u32 column_tile) {
-    group = column_tile * (COLUMNS / 32);
+    group = (column_tile + (ACROSS > 1 ? threadIdx.x / THREADS : 0)) * (COLUMNS / 32);
     column = group * 32 + lane % 4 * 8;
   }
-  static constexpr u32 EIGHTS = 4 * BLOCKS;
   __device__ __forceinline__ u32 row_of(u32 eight) const { return row + eight / 4 * 16 + eight % 2 * 8; }
   __device__ __forceinline__ u32 column_of(u32 eight) const { return column + eight / 2 % 2 * 32; }
+  // In elements, from the weight's first; rows are `pitch` apart.
+  __device__ __forceinline__ u64 offset_of(u32 eight, u64 pitch) const {
+    return row * pitch + column + (eight / 4 * 16 + eight % 2 * 8) * pitch + eight / 2 % 2 * 32;
+  }
 };
 
-// The same tile of 64 x 64 for what needs no products: a warp has 16 rows, eight lanes a row of all 64 columns.
+// A strip's 64 rows row by row, for what needs no products: neighbouring lanes have neighbouring eights, so that memory is read in long runs. One step
+// is as much as a tile.
 struct Lines {
-  static constexpr u32 EIGHTS = 4;
-  u32 row, column;
+  static constexpr u32 EIGHTS = 4, ALL_THREADS = THREADS;
+  u32 first_row, first_column, first_tile, width, inverse;
+  u32 rows[EIGHTS], columns[EIGHTS];
 
-  __device__ __forceinline__ explicit Lines(u32 row_tile) : row((row_tile * (THREADS / 32) + threadIdx.x / 32) * 16 + threadIdx.x % 32 / 8) {}
-  __device__ __forceinline__ void move_to(u32 column_tile) { column = column_tile * COLUMNS + threadIdx.x % 8 * 8; }
-  __device__ __forceinline__ u32 row_of(u32 eight) const { return row + eight * 4; }
-  __device__ __forceinline__ u32 column_of(u32) const { return column; }
+  // A strip has at most 16 tiles: 2^13 eights, of which a row has at most 2^7, so that a division is this product.
+  __device__ __forceinline__ explicit Lines(const Strip& strip)
+      : first_row(strip.row_tile * 64), first_column(strip.column_tile * COLUMNS), first_tile(strip.column_tile), width(strip.count * 8), inverse((1u << 21) / width + 1) {}
+  __device__ __forceinline__ void move_to(u32 column_tile) {
+#pragma unroll
+    for (u32 n = 0; n < EIGHTS; n++) {
+      const u32 at = ((column_tile - first_tile) * EIGHTS + n) * THREADS + threadIdx.x, line = at * inverse >> 21;
+      rows[n] = first_row + line;
+      columns[n] = first_column + (at - line * width) * 8;
+    }
+  }
+  __device__ __forceinline__ u32 row_of(u32 eight) const { return rows[eight]; }
+  __device__ __forceinline__ u32 column_of(u32 eight) const { return columns[eight]; }
+  __device__ __forceinline__ u64 offset_of(u32 eight, u64 pitch) const { return rows[eight] * pitch + columns[eight]; }
 };
 
 template <u32 DTYPE>
@@ -83,13 +98,14 @@ struct alignas(SIZE<DTYPE> == 1 ? 8 : 16) Stored {
     }
   }
 
+  // What is written is not read again soon.
   __device__ __forceinline__ void store(void* to) const {
     if constexpr (SIZE<DTYPE> == 1) {
-      *static_cast<uint2*>(to) = make_uint2(raw[0], raw[1]);
+      __stcs(static_cast<uint2*>(to), make_uint2(raw[0], raw[1]));
     } else {
 #pragma unroll
       for (int i = 0; i < SIZE<DTYPE> / 2; i++) {
-        static_cast<uint4*>(to)[i] = make_uint4(raw[4 * i], raw[4 * i + 1], raw[4 * i + 2], raw[4 * i + 3]);
+        __stcs(static_cast<uint4*>(to) + i, make_uint4(raw[4 * i], raw[4 * i + 1], raw[4 * i + 2], raw[4 * i + 3]));
       }
     }
   }
@@ -97,12 +113,16 @@ struct alignas(SIZE<DTYPE> == 1 ? 8 : 16) Stored {
 
 // ---- the weight, on its way through shared memory
 
+// What lies beside it will be wanted next: 256 bytes go to L2 at once.
+#ifndef L2HINT
+#define L2HINT ".L2::256B"
+#endif
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   const u32 at = static_cast<u32>(__cvta_generic_to_shared(to));
-  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global" L2HINT " [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global" L2HINT " [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
 #else
   if constexpr (BYTES == 16) *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
   else *static_cast<uint2*>(to) = *static_cast<const uint2*>(from);
@@ -124,16 +144,15 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // Enqueues the lane's part of a tile of the weight, whose columns lie side by side in multiples of eight and whose rows begin at 16 bytes (8 of 8-bit
-// ones). Every lane reads only what it copied itself. What lies outside the weight stays what it was.
-template <u32 DTYPE, class Place>
-__device__ __forceinline__ void copy_tile(Stored<DTYPE> (*eights)[THREADS], const Target& target, const Place& place) {
-  const u8* base = static_cast<const u8*>(target.base) + (place.row * target.base_row + place.column) * SIZE<DTYPE>;
-  const u64 step = target.base_row * SIZE<DTYPE>;
+// ones), up to column `until`. Every lane reads only what it copied itself. What lies outside the weight stays what it was.
+template <u32 DTYPE, class Place, u32 ALL>
+__device__ __forceinline__ void copy_tile(Stored<DTYPE> (*eights)[ALL], const Target& target, const Place& place, u32 until = ~0u) {
+  const u8* base = static_cast<const u8*>(target.base);
+  const u32 rows = target.rows, columns = min(target.columns, until);
 #pragma unroll
   for (u32 n = 0; n < Place::EIGHTS; n++) {
-    const u32 down = place.row_of(n) - place.row, right = place.column_of(n) - place.column;
-    if (place.row + down >= target.rows || place.column + right >= target.columns) continue;
-    const u8* from = base + down * step + right * SIZE<DTYPE>;
+    if (place.row_of(n) >= rows || place.column_of(n) >= columns) continue;
+    const u8* from = base + place.offset_of(n, target.base_row) * SIZE<DTYPE>;
     u8* to = reinterpret_cast<u8*>(&eights[n][threadIdx.x]);
     if constexpr (SIZE<DTYPE> == 1) copy_async<8>(to, from);
     else
@@ -203,75 +222,72 @@ __device__ __forceinline__ void add_product(Sum (&products)[BLOCKS], const uint4
   }
 }
 
-// Which groups of the term's down factor a tile needs; fragments are aligned with the weight, so a region may begin within its first group. A tile with
-// only one takes it twice; `any` is false without.
-struct Groups {
-  u32 group[2];
-  bool any;
+// A term that is a product, as its fragments are looked up tile by tile. Those are aligned with the weight: blocks of 16 rows and groups of 32 columns.
+struct Product {
+  struct Pair {
+    const uint4 *up, *down;  // of the weight's first block and group, wherever the factor begins
+    u32 format, ranks;
+    u32 fragments;  // of a block, or half a group
+    u32 unused;
+  } pairs[2];
+  u32 first_block, blocks, first_group, groups;
+  float coefficient, carry;
+  u32 count;  // of pairs
+  u32 unused;
 
-  __device__ __forceinline__ Groups(const Term& term, u32 column_tile) {
-    const u32 count = (term.column % 32 + term.columns + 31) / 32;
-    const u32 own[2] = {column_tile * 2 - term.column / 32, column_tile * 2 + 1 - term.column / 32};
-    any = own[0] < count || own[1] < count;
-    group[0] = own[0] < count ? own[0] : own[1];
-    group[1] = own[1] < count ? own[1] : own[0];
+  __device__ __forceinline__ void set(const Term& term) {
+    first_block = term.row / 16;
+    blocks = row_blocks(term);
+    first_group = term.column / 32;
+    groups = (term.column % 32 + term.columns + 31) / 32;
+    coefficient = term.coefficient;
+    carry = term.carry;
+    count = term.kind == HADAMARD ? 2 : 1;
+#pragma unroll
+    for (u32 n = 0; n < 2; n++) {
+      Pair& pair = pairs[n];
+      pair.format = n ? term.format2 : term.format;
+      pair.ranks = n ? term.ranks2 : term.ranks;
+      pair.fragments = pair.ranks * parts_of(pair.format);
+      pair.up = static_cast<const uint4*>(n ? term.a2 : term.a) - u64(first_block) * pair.fragments * 32;
+      pair.down = static_cast<const uint4*>(n ? term.b2 : term.b) - u64(first_group) * pair.fragments * 64;
+    }
   }
+
+  __device__ __forceinline__ bool has_group(u32 group) const { return group - first_group < groups; }
+  // Either group of a tile.
+  __device__ __forceinline__ bool touches(u32 column_tile) const { return column_tile * 2 + 1 - first_group < groups + 1; }
+  __device__ __forceinline__ bool has_block(u32 block) const { return block - first_block < blocks; }
 };
 
-// A pair of factors as fragments.
-struct Pair {
-  const uint4 *up, *down;
-  u32 format, ranks;
+// The up fragments of a block of rows, of the calling lane.
+__device__ __forceinline__ const uint4* up_of(const Product::Pair& pair, u32 row_block) {
+  return pair.up + u64(row_block) * pair.fragments * 32 + (threadIdx.x & 31);
+}
 
-  __device__ __forceinline__ Pair(const Term& term, bool second) {
-    up = static_cast<const uint4*>(second ? term.a2 : term.a);
-    down = static_cast<const uint4*>(second ? term.b2 : term.b);
-    format = second ? term.format2 : term.format;
-    ranks = second ? term.ranks2 : term.ranks;
-  }
-  // Of a block of 16 rows or half a group of 32 columns.
-  __device__ __forceinline__ u32 fragments() const { return ranks * parts_of(format); }
-};
-
-__device__ __forceinline__ u32 pairs_of(const Term& term) { return term.kind == HADAMARD ? 2 : 1; }
-
-// The up factors of a block's rows, kept in shared memory for the length of a strip as far as there is room, which counts fragments of a warp; the
-// others are read where they are.
-template <u32 BLOCKS>
-struct Ups {
-  uint4* kept;  // [pair][block of 16 rows][rank block][part][lane]
-  u32 room;
-  u32 used;
-
-  __device__ __forceinline__ Ups(void* shared, u32 fragments_per_warp) : kept(static_cast<uint4*>(shared)), room(fragments_per_warp), used(0) {}
-
-  // Takes room for the pair; NULL: there is none.
-  __device__ __forceinline__ uint4* take(const Pair& pair) {
-    const u32 need = BLOCKS * pair.fragments();
-    if (used + need > room) return nullptr;
-    used += need;
-    return kept + (used - need) * THREADS;
-  }
-
-  // The fragments of the warp's first block of rows, which is the factor's `row_block`th.
-  __device__ __forceinline__ const uint4* place(const Pair& pair, u32 row_block) {
-    const uint4* there = take(pair);
-    const u32 block = there ? threadIdx.x / 32 * BLOCKS : row_block;
-    return (there ? there : pair.up) + u64(block) * pair.fragments() * 32 + (threadIdx.x & 31);
-  }
-};
-
-// Without a ring: factors are read where they are.
+// Products without a ring: factors are read where they are.
 struct Direct {
-  // products += up @ down. `up_step`: between blocks of rows.
+  const Term* terms;
+  Product product;
+
+  __device__ __forceinline__ explicit Direct(const Term* terms) : terms(terms) {}
+
+  __device__ __forceinline__ const Product& get(u32 i) {
+    product.set(terms[i]);
+    return product;
+  }
+
+  // products += up @ down, by a warp, if `mine`. `up_step`: between blocks of rows.
   template <bool HALF, int PARTS, u32 BLOCKS>
-  __device__ __forceinline__ void add_pair(Sum (&products)[BLOCKS], const uint4* up, u32 up_step, const Pair& pair, const Groups& at, bool any) {
-    if (!any) return;
+  __device__ __forceinline__ void add_pair(Sum (&products)[BLOCKS], const uint4* up, u32 up_step, const Product& product, const Product::Pair& pair, u32 group, bool mine) {
+    if (!mine) return;
     const uint4* from = pair.down + (threadIdx.x & 31);
+    // A tile with only one group takes it twice.
+    const u32 own[2] = {product.has_group(group) ? group : group + 1, product.has_group(group + 1) ? group + 1 : group};
     const u32 ranks = pair.ranks;
 #pragma unroll 1
     for (u32 k = 0; k < ranks; k++) {
-      const uint4* const groups[2] = {from + (u64(at.group[0]) * ranks + k) * PARTS * 64, from + (u64(at.group[1]) * ranks + k) * PARTS * 64};
+      const uint4* const groups[2] = {from + (u64(own[0]) * ranks + k) * PARTS * 64, from + (u64(own[1]) * ranks + k) * PARTS * 64};
       add_product<HALF, PARTS>(products, up + k * PARTS * 32, up_step, groups, 64);
     }
   }
@@ -314,36 +330,45 @@ __device__ __forceinline__ void add_scaled(Sum& total, const Sum& product, const
   }
 }
 
+// Sums of lanes aside, 16 bytes each at a time.
+struct Aside {
+  float4 (*fours)[THREADS];  // [8]
+
+  __device__ __forceinline__ void put(const Sum& sum) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) fours[j][threadIdx.x] = make_float4(sum[j / 4][j % 4][0], sum[j / 4][j % 4][1], sum[j / 4][j % 4][2], sum[j / 4][j % 4][3]);
+  }
+  __device__ __forceinline__ void multiply(Sum& sum) const {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float4 four = fours[j][threadIdx.x];
+      float* to = sum[j / 4][j % 4];
+      to[0] *= four.x, to[1] *= four.y, to[2] *= four.z, to[3] *= four.w;
+    }
+  }
+};
+
 // total += the target's products on the warp's part of it.
 template <class Reader>
-__device__ __forceinline__ void sum_products(Sum& total, Reader& reader, Ups<1> ups, const Target& target, const Term* terms,
-                                             const Place<1>& place, u32 column_tile) {
+__device__ __forceinline__ void sum_products(Sum& total, Reader& reader, Aside aside, const Target& target, const Term* terms, const Place<1>& place) {
 #pragma unroll 1
   for (u32 i = 0; i < target.products; i++) {
-    const Term& term = terms[i];
-    const u32 row_block = place.row_block - term.row / 16, pairs = pairs_of(term);
-    const Groups groups(term, column_tile);
-    const bool any = groups.any && row_block < row_blocks(term);
-    Sum product[1], first;
+    const Product& product = reader.get(i);
+    if (!product.touches(place.group / 2)) continue;
+    const bool mine = product.has_block(place.row_block);
+    Sum sum[1];
 #pragma unroll 1
-    for (u32 n = 0; n < pairs; n++) {
-      const Pair pair(term, n);
-      const uint4* up = ups.place(pair, row_block);
-      clear(product[0]);
-      if (groups.any) {
-        if (pair.format == FORMAT_SPLIT) reader.template add_pair<false, 3>(product, up, 0, pair, groups, any);
-        else if (pair.format == FORMAT_F16) reader.template add_pair<true, 1>(product, up, 0, pair, groups, any);
-        else reader.template add_pair<false, 1>(product, up, 0, pair, groups, any);
-      }
-      if (n + 1 < pairs) {
-#pragma unroll
-        for (int j = 0; j < 32; j++) first[j / 16][j / 4 % 4][j % 4] = product[0][j / 16][j / 4 % 4][j % 4];
-      } else if (pairs > 1) {
-#pragma unroll
-        for (int j = 0; j < 32; j++) product[0][j / 16][j / 4 % 4][j % 4] *= first[j / 16][j / 4 % 4][j % 4];
-      }
+    for (u32 n = 0; n < product.count; n++) {
+      const Product::Pair& pair = product.pairs[n];
+      const uint4* up = up_of(pair, place.row_block);
+      if (n > 0) aside.put(sum[0]);
+      clear(sum[0]);
+      if (pair.format == FORMAT_SPLIT) reader.template add_pair<false, 3>(sum, up, 0, product, pair, place.group, mine);
+      else if (pair.format == FORMAT_F16) reader.template add_pair<true, 1>(sum, up, 0, product, pair, place.group, mine);
+      else reader.template add_pair<false, 1>(sum, up, 0, product, pair, place.group, mine);
+      if (n > 0) aside.multiply(sum[0]);
     }
-    if (any) add_scaled(total, product[0], target, term, place);
+    if (mine) add_scaled(total, sum[0], target, terms[i], place);
   }
 }
 
@@ -381,8 +406,8 @@ struct Plain {
   }
 
   // total += the term. `eights` is the lane's part of the weight.
-  template <u32 DTYPE>
-  __device__ __forceinline__ void add(Sum& total, int first, const Stored<DTYPE> (*eights)[THREADS], const Target& target, const Term& term) const {
+  template <u32 DTYPE, u32 ALL>
+  __device__ __forceinline__ void add(Sum& total, int first, const Stored<DTYPE> (*eights)[ALL], const Target& target, const Term& term) const {
     const bool scales = term.kind == SCALE_ROWS || term.kind == SCALE_COLUMNS;
     const u32 dtype = term.kind == KRON ? term.format2 : term.kind == DENSE ? term.format : u32(F32);
     const float coefficient = scales ? term.coefficient * target.scale : term.coefficient;
