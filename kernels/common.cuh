@@ -8,6 +8,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 enum Dtype : u32 { F32 = 0, F16 = 1, BF16 = 2, E4M3 = 3, E5M2 = 4 };
+// What a kernel is compiled for may also leave open which of two it is.
+constexpr u32 LATE16 = 5, LATE8 = 6;
 
 // How a factor's numbers stand in fragments. SPLIT keeps an fp32 number as a sum of three bf16 ones, which is exact: 3 x 8 bits are its 24.
 enum Format : u32 { FORMAT_BF16 = 0, FORMAT_F16 = 1, FORMAT_SPLIT = 2 };
@@ -118,25 +120,39 @@ struct Eight {
     return bits_to_float(__float_as_uint(magnitude) | sign);
   }
 
-  // Rounded to nearest even or, with 16 random bits, up with the probability of the distance; never beyond the largest number. The code's upper bits
-  // are any.
-  static __device__ __forceinline__ u32 magnitude(float value, bool stochastic, u32 random) {
-    const float size = fminf(fabsf(value), bits_to_float(LARGEST));
-    // Subnormal numbers stand as far apart as the smallest normal ones.
-    const u32 exponent = max(__float_as_uint(size) & 0x7f800000, SMALLEST);
-    // In units of the last place, 2^16th parts of it where those decide; below 2^23, so that the sum's mantissa is that number.
-    const u32 power = stochastic ? 16 : 0, scale = ((127 + 127 + M + power) << 23) - exponent;
-    const float units = stochastic ? __fmaf_rz(size, bits_to_float(scale), 8388608.0f) : fmaf(size, bits_to_float(scale), 8388608.0f);
-    const u32 whole = stochastic ? (__float_as_uint(units) + random) >> 16 : __float_as_uint(units);
-    return whole + (exponent >> DROPPED) - (SMALLEST >> DROPPED);
-  }
+  // A magnitude that is multiplied by this has the exponent field of the code as fp32's, subnormal numbers included, and so the code in its upper bits.
+  static constexpr u32 FACTOR = u32(BIAS) << 23;  // 2^(BIAS - 127)
 
+  // Rounded to nearest even or, with 16 random bits, up with the probability of the distance; never beyond the largest number.
   static __device__ __forceinline__ u32 write(float value, bool stochastic, u32 random) {
     const u32 bits = __float_as_uint(value);
     if ((bits & 0x7fffffff) > 0x7f800000) return NOT_A_NUMBER;
-    return (magnitude(value, stochastic, random) & 0x7f) | (bits >> 24 & 0x80);
+    const float size = fminf(fabsf(value), bits_to_float(LARGEST));
+    u32 code;
+    if (stochastic) {
+      code = (__float_as_uint(__fmul_rz(size, bits_to_float(FACTOR))) + (random << (DROPPED - 16))) >> DROPPED;
+    } else {
+      // Subnormal numbers stand as far apart as the smallest normal ones. In units of the last place; the sum's mantissa is that number, rounded.
+      const u32 exponent = max(__float_as_uint(size) & 0x7f800000, SMALLEST);
+      const float units = fmaf(size, bits_to_float((u32(127 + 127 + M) << 23) - exponent), 8388608.0f);
+      code = (__float_as_uint(units) & 0xff) + (exponent >> DROPPED) - (SMALLEST >> DROPPED);
+    }
+    return code | (bits >> 24 & 0x80);
   }
 };
+
+// Two numbers as codes, rounded to nearest even; the first in the lowest byte.
+__device__ __forceinline__ u32 pack_eights(u32 dtype, float first, float second) {
+#if __CUDA_ARCH__ >= 890
+  u32 pair;
+  if (dtype == E4M3) asm("{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, %1, %2; cvt.u32.u16 %0, pair; }" : "=r"(pair) : "f"(second), "f"(first));
+  else asm("{ .reg .b16 pair; cvt.rn.satfinite.e5m2x2.f32 pair, %1, %2; cvt.u32.u16 %0, pair; }" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  if (dtype == E4M3) return Eight<3>::write(first, false, 0) | Eight<3>::write(second, false, 0) << 8;
+  return Eight<2>::write(first, false, 0) | Eight<2>::write(second, false, 0) << 8;
+#endif
+}
 
 // Two E4M3 codes, the first in the lowest byte; upper bits are any.
 __device__ __forceinline__ void read_e4m3_pair(u32 codes, float& first, float& second) {
@@ -156,11 +172,15 @@ __device__ __forceinline__ void read_e4m3_pair(u32 codes, float& first, float& s
 struct Noise {
   static constexpr u32 STRIDE = 0x9e3779b1u;
   static __device__ __forceinline__ u32 start(u64 pair, u32 seed) { return u32(pair) * STRIDE + u32(pair >> 32) * 0x85ebca77u + seed; }
-  static __device__ __forceinline__ u32 bits(u32 x) {
+  // The lower half is still to be combined with the upper one.
+  static __device__ __forceinline__ u32 halves(u32 x) {
     x ^= x >> 16;
     x *= 0x7feb352du;
     x ^= x >> 15;
-    x *= 0x846ca68bu;
+    return x * 0x846ca68bu;
+  }
+  static __device__ __forceinline__ u32 bits(u32 x) {
+    x = halves(x);
     return x ^ x >> 16;
   }
 };
@@ -199,7 +219,9 @@ __device__ __forceinline__ float read_as(u32 dtype, const void* from, u64 at) { 
 
 // ---- products: D[16, 8] += A[16, 16] B[16, 8], one warp, operands as the PTX manual lays out mma.m16n8k16
 
-__device__ __forceinline__ void mma_emulated(float (&d)[4], const uint4& a, u32 b0, u32 b1, bool half) {
+// Called: inlined everywhere it would be most of the code.
+__device__ __noinline__ float4 mma_emulated(float4 sum, uint4 a, u32 b0, u32 b1, bool half) {
+  float d[4] = {sum.x, sum.y, sum.z, sum.w};
   // sm_75 has no such product. Lane (g, t) holds rows g and g + 8 of A and column g of B, both at ranks 2t, 2t + 1, 2t + 8, 2t + 9.
   const u32 lane = threadIdx.x & 31;
   auto low = [&](u32 pair) { return half ? half_to_float(u16(pair)) : bits_to_float(pair << 16); };
@@ -219,6 +241,7 @@ __device__ __forceinline__ void mma_emulated(float (&d)[4], const uint4& a, u32 
       }
     }
   }
+  return make_float4(d[0], d[1], d[2], d[3]);
 }
 
 template <bool HALF>
@@ -234,7 +257,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint4& a, u32 b0, u32 b
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
   }
 #else
-  mma_emulated(d, a, b0, b1, HALF);
+  const float4 sum = mma_emulated(make_float4(d[0], d[1], d[2], d[3]), a, b0, b1, HALF);
+  d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
 #endif
 }
 

@@ -51,62 +51,73 @@ __device__ __forceinline__ void finish(u32 dtype, u32 (&codes)[8], const float (
   }
 }
 
-// The lowest bytes of four words.
-__device__ __forceinline__ u32 low_bytes(u32 a, u32 b, u32 c, u32 d) { return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410); }
+// The highest bytes of four words.
+__device__ __forceinline__ u32 high_bytes(u32 a, u32 b, u32 c, u32 d) { return __byte_perm(__byte_perm(a, b, 0x0073), __byte_perm(c, d, 0x0073), 0x5410); }
 
-// Eight sums as codes of 8 bits; `element` is a multiple of eight.
-template <int M>
-__device__ __forceinline__ void encode_eight(u32 (&raw)[2], const float (&sum)[8], const Target& target, u64 element) {
+// Eight numbers as codes of 8 bits (`Eight::write` has the reasons). `noise`: `Noise::start` of the first pair. NaN is right only to nearest.
+__device__ __forceinline__ void encode_eight(u32 dtype, u32 (&raw)[2], const float (&x)[8], bool stochastic, u32 noise) {
+  if (!stochastic) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) raw[i] = pack_eights(dtype, x[4 * i], x[4 * i + 1]) | pack_eights(dtype, x[4 * i + 2], x[4 * i + 3]) << 16;
+    return;
+  }
+  const float largest = bits_to_float(dtype == E4M3 ? Eight<3>::LARGEST : Eight<2>::LARGEST);
+  const float factor = bits_to_float(dtype == E4M3 ? Eight<3>::FACTOR : Eight<2>::FACTOR);
+  const u32 shift = 1 << (8 - (dtype == E4M3 ? Eight<3>::DROPPED : Eight<2>::DROPPED) + 16);  // moves the code to the highest byte
   u32 codes[8];
-  if (target.stochastic) {
-    const u32 start = Noise::start(element / 2, target.seed);
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      const u32 random = Noise::bits(start + i / 2 * Noise::STRIDE);
-      codes[i] = Eight<M>::magnitude(sum[i], true, random & 0xffff);
-      codes[i + 1] = Eight<M>::magnitude(sum[i + 1], true, random >> 16);
+  for (int i = 0; i < 8; i += 2) {
+    const u32 halves = Noise::halves(noise + i / 2 * Noise::STRIDE);
+    // 16 random bits below the code.
+    const u32 random[2] = {__byte_perm(halves ^ halves >> 16, 0, 0x4104), __byte_perm(halves, 0, 0x4324)};
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const u32 size = __float_as_uint(__fmul_rz(fminf(fabsf(x[i + j]), largest), factor));
+      codes[i + j] = (size * shift + random[j]) | (__float_as_uint(x[i + j]) & 0x80000000);
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; i++) codes[i] = Eight<M>::magnitude(sum[i], false, 0);
   }
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const u32 magnitudes = low_bytes(codes[4 * i], codes[4 * i + 1], codes[4 * i + 2], codes[4 * i + 3]);
-    const auto top = [&](int j) { return __float_as_uint(sum[4 * i + j]); };
-    const u32 signs = __byte_perm(__byte_perm(top(0), top(1), 0x0073), __byte_perm(top(2), top(3), 0x0073), 0x5410);
-    raw[i] = (magnitudes & 0x7f7f7f7f) | (signs & 0x80808080);
-  }
+  for (int i = 0; i < 2; i++) raw[i] = high_bytes(codes[4 * i], codes[4 * i + 1], codes[4 * i + 2], codes[4 * i + 3]);
 }
 
-// Rounds and writes one eight: W + coefficient * sums. `usual`: no sum is 0 or, of 8 bits, anything but finite.
+// What the end of a tile needs of its target.
+struct Rounding {
+  u32 dtype, stochastic, seed;
+  float scale, inverse;
+
+  __device__ __forceinline__ Rounding(u32 dtype, const Target& target)
+      : dtype(dtype), stochastic(target.stochastic), seed(target.seed), scale(target.scale), inverse(dtype < E4M3 ? 1.0f : 1.0f / target.scale) {}
+};
+
+// Eight new codes: W + coefficient * sums. `usual`: no sum is 0 or, of 8 bits, anything but finite.
 template <u32 DTYPE>
-__device__ __forceinline__ Stored<DTYPE> add_to_eight(const Stored<DTYPE>& old, const float (&sums)[8], float coefficient, const Target& target, bool usual, u64 element) {
+__device__ __forceinline__ Stored<DTYPE> add_to_eight(const Stored<DTYPE>& old, const float (&sums)[8], float coefficient, const Rounding& rounding, bool usual, u64 element) {
+  const u32 dtype = rounding.dtype;
   Stored<DTYPE> result;
   float sum[8];
-  old.values(sum);
+  old.values(sum, dtype);
   if constexpr (SIZE<DTYPE> == 1) {
-    const float scale = target.scale;
+    const float scale = rounding.scale;
     if (scale != 1.0f) {
-      const float inverse = 1.0f / scale;
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const float whole = sum[i] * scale + sums[i] * coefficient;
         // Division as it is rounded: what the product lacks is corrected.
-        const float quotient = whole * inverse;
-        sum[i] = fabsf(quotient) < 3.4e38f ? fmaf(fmaf(-quotient, scale, whole), inverse, quotient) : quotient;
+        const float quotient = whole * rounding.inverse;
+        sum[i] = fabsf(quotient) < 3.4e38f ? fmaf(fmaf(-quotient, scale, whole), rounding.inverse, quotient) : quotient;
       }
     } else {
 #pragma unroll
       for (int i = 0; i < 8; i++) sum[i] += sums[i] * coefficient;
     }
-    encode_eight<DTYPE == E4M3 ? 3 : 2>(result.raw, sum, target, element);
+    encode_eight(dtype, result.raw, sum, rounding.stochastic, Noise::start(element / 2, rounding.seed));
   } else {
 #pragma unroll
     for (int i = 0; i < 8; i++) sum[i] = fmaf(sums[i], coefficient, sum[i]);
 #pragma unroll
     for (int j = 0; j < 2 * SIZE<DTYPE>; j++) {
-      result.raw[j] = DTYPE == F32 ? __float_as_uint(sum[j]) : DTYPE == BF16 ? pack_bf16(sum[j % 4 * 2], sum[j % 4 * 2 + 1]) : pack_half(sum[j % 4 * 2], sum[j % 4 * 2 + 1]);
+      if constexpr (SIZE<DTYPE> == 4) result.raw[j] = __float_as_uint(sum[j]);
+      else result.raw[j] = dtype == BF16 ? pack_bf16(sum[2 * j], sum[2 * j + 1]) : pack_half(sum[2 * j], sum[2 * j + 1]);
     }
   }
   if (!usual) {
@@ -127,10 +138,7 @@ __device__ __forceinline__ Stored<DTYPE> add_to_eight(const Stored<DTYPE>& old, 
 template <u32 DTYPE, class Place, u32 BLOCKS, u32 ALL>
 __device__ __forceinline__ void write_tile(const Stored<DTYPE> (*eights)[ALL], const Sum (&total)[BLOCKS], float coefficient, const Target& target,
                                            const Place& place, u32 until) {
-  u8* out = static_cast<u8*>(target.out);
-  const u32 rows = target.rows, columns = min(target.columns, until);
-  const u64 pitch = target.out_row;
-  const auto sum_of = [&](int n, int i) { return total[n / 4][n / 2 % 2][i / 2][n % 2 * 2 + i % 2]; };
+  const Rounding rounding(dtype_of<DTYPE>(target), target);
   // Four at a time: a product that vanishes where no factor does costs time alone.
   bool usual = coefficient != 0.0f;
   float probe = 0.0f;
@@ -147,45 +155,24 @@ __device__ __forceinline__ void write_tile(const Stored<DTYPE> (*eights)[ALL], c
 #pragma unroll
     for (int n = 0; n < 4 * BLOCKS; n++) {
 #pragma unroll
-      for (int i = 0; i < 2; i++) special |= (eights[n][threadIdx.x].raw[i] & 0x7f7f7f7f) + (DTYPE == E4M3 ? 0x01010101 : 0x04040404);
+      for (int i = 0; i < 2; i++) special |= (eights[n][threadIdx.x].raw[i] & 0x7f7f7f7f) + (rounding.dtype == E4M3 ? 0x01010101 : 0x04040404);
     }
     usual &= probe == 0.0f && !(special & 0x80808080);
   }
-  const auto write = [&](int n, bool usual) {
-    float sums[8];
+  const u32 width = target.columns;
+  const auto write = [&](bool usual) {
+    for_eights<SIZE<DTYPE>>(place, target.out, target.out_row, target.rows, min(width, until), [&](u32 n, u8* to) {
+      float sums[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) sums[i] = sum_of(n, i);
-    const u32 row = place.row_of(n), column = place.column_of(n);
-    const Stored<DTYPE> result = add_to_eight<DTYPE>(eights[n][threadIdx.x], sums, coefficient, target, usual, u64(row) * target.columns + column);
-    if (row < rows && column < columns) result.store(out + place.offset_of(n, pitch) * SIZE<DTYPE>);
+      for (int i = 0; i < 8; i++) sums[i] = total[n / 4][n / 2 % 2][i / 2][n % 2 * 2 + i % 2];
+      add_to_eight<DTYPE>(eights[n][threadIdx.x], sums, coefficient, rounding, usual, u64(place.row_of(n)) * width + place.column_of(n)).store(to);
+    });
   };
-  if constexpr (SIZE<DTYPE> == 1) {
-#pragma unroll
-    for (int n = 0; n < 4 * BLOCKS; n++) write(n, usual);
-  } else if (usual) {
-#pragma unroll
-    for (int n = 0; n < 4 * BLOCKS; n++) write(n, true);
-  } else {
-#pragma unroll
-    for (int n = 0; n < 4 * BLOCKS; n++) write(n, false);
-  }
+  if (SIZE<DTYPE> == 1) write(usual);
+  else if (usual) write(true);
+  else write(false);
 }
 
-#ifndef TILES
-#define TILES 1
-#endif
-#ifndef FTILES
-#define FTILES 1
-#endif
-#ifndef PTILES
-#define PTILES 2
-#endif
-#ifndef PFRAG
-#define PFRAG 2
-#endif
-#ifndef NACROSS
-#define NACROSS 2
-#endif
 // The tiles of the weight that a block's warps copy ahead, COUNT of them, each lane what it will use itself. ACROSS of them are one here.
 template <u32 DTYPE, class Place, u32 COUNT, u32 ACROSS = 1>
 struct Tiles {
@@ -228,8 +215,8 @@ template <u32 DTYPE, u32 ACROSS>
 __device__ __forceinline__ void merge_products(const Target* targets, const Term* all, const Strip* strips, u32 room) {
   constexpr u32 BLOCKS = SIZE<DTYPE> == 4 ? 1 : 2;
   using Place = ::Place<BLOCKS, ACROSS>;
-  using Copied = Tiles<DTYPE, Place, TILES, ACROSS>;
-  using Factors = ::Factors<PFRAG, BLOCKS, ACROSS>;
+  using Copied = Tiles<DTYPE, Place, 1, ACROSS>;
+  using Factors = ::Factors<2, BLOCKS, ACROSS>;
   __shared__ Target target;
   const Strip strip = strips[blockIdx.x];
   if (threadIdx.x == 0) Factors::init(strip);
@@ -260,7 +247,7 @@ __device__ __forceinline__ void merge_products(const Target* targets, const Term
       coefficient = product.coefficient;
       if (!factors.reader.touches(product, tile)) continue;
       const Product::Pair& pair = product.pairs[0];
-      const bool mine = product.has_block(place.row_block) && (ACROSS == 1 || product.touches(place.group / 2));
+      const bool mine = product.has_block(place.row_block) && product.touches(place.group / 2);
       // A factor may end with the first block.
       const u32 step = product.has_block(place.row_block + 1) ? pair.fragments * 32 : 0;
       const uint4* up = up_of(pair, place.row_block);
@@ -298,7 +285,7 @@ __device__ __forceinline__ void merge_plain(const Target* targets, const Term* a
   const Strip strip = strips[blockIdx.x];
   work.load(targets, all, strip.target);
   const Target& target = work.target;
-  Tiles<DTYPE, Lines, PTILES> tiles(shared, target, strip);
+  Tiles<DTYPE, Lines, 2> tiles(shared, target, strip);
   Lines place(strip);
 #pragma unroll 1
   for (u32 tile = strip.column_tile; tile < strip.column_tile + strip.count; tile++) {
@@ -311,7 +298,7 @@ __device__ __forceinline__ void merge_plain(const Target* targets, const Term* a
 
 template <u32 DTYPE>
 __device__ __forceinline__ void merge_full(const Target* targets, const Term* all, const Strip* strips, u32 room) {
-  using Copied = Tiles<DTYPE, Place<1>, FTILES>;
+  using Copied = Tiles<DTYPE, Place<1>, 1>;
   using Factors = ::Factors<3, 1, 1>;
   __shared__ Work work;
   const Strip strip = strips[blockIdx.x];
@@ -383,25 +370,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* ta
   }
 }
 
-#ifndef PRODB
-#define PRODB 4
-#endif
-#ifndef FULLB
-#define FULLB 4
-#endif
 #define MERGE_AS(name, threads, blocks, body)                                                                          \
   extern "C" __global__ void __launch_bounds__(threads, blocks) merge_##name(const Target* targets, const Term* terms, \
                                                                              const Strip* strips, u32 room) {          \
     body(targets, terms, strips, room);                                                                                \
   }
-// The number is how many blocks' registers a multiprocessor shall have room for.
-#define MERGE(name, dtype)                                                                     \
-  MERGE_AS(name, NACROSS * THREADS, PRODB / NACROSS, (merge_products<dtype, NACROSS>))         \
-  MERGE_AS(name##_plain, THREADS, 4, merge_plain<dtype>)                                       \
-  MERGE_AS(name##_full, THREADS, FULLB, merge_full<dtype>)
+// Registers for 16 warps on a multiprocessor.
+#define MERGE(name, dtype, across)                                                       \
+  MERGE_AS(name, across * THREADS, 4 / across, (merge_products<dtype, across>))          \
+  MERGE_AS(name##_plain, THREADS, 4, merge_plain<dtype>)                                 \
+  MERGE_AS(name##_full, THREADS, 4, merge_full<dtype>)
 
-MERGE(f32, F32)
-MERGE(f16, F16)
-MERGE(bf16, BF16)
-MERGE(e4m3, E4M3)
-MERGE(e5m2, E5M2)
+#ifndef ACROSS8
+#define ACROSS8 1
+#endif
+MERGE(32, F32, 2)
+MERGE(16, LATE16, 2)
+MERGE(8, LATE8, ACROSS8)
+#ifdef EARLY
+MERGE_AS(f16, 2 * THREADS, 2, (merge_products<F16, 2>))
+MERGE_AS(bf16, 2 * THREADS, 2, (merge_products<BF16, 2>))
+MERGE_AS(e4m3, ACROSS8 * THREADS, 4 / ACROSS8, (merge_products<E4M3, ACROSS8>))
+MERGE_AS(e5m2, ACROSS8 * THREADS, 4 / ACROSS8, (merge_products<E5M2, ACROSS8>))
+#endif

@@ -68,10 +68,7 @@ struct Barrier {
 // FRAGMENTS of a group are in a slot at most; ACROSS tiles stand side by side.
 template <u32 FRAGMENTS, u32 ACROSS>
 struct Ring {
-#ifndef NSLOTS
-#define NSLOTS 4
-#endif
-  static constexpr u32 SLOTS = NSLOTS, WARPS = 4 * ACROSS;
+  static constexpr u32 SLOTS = 4, WARPS = 4 * ACROSS;
   static constexpr u32 GROUP = FRAGMENTS * 64, SLOT = 2 * ACROSS * GROUP;  // uint4s
 
   // In shared memory.
@@ -150,7 +147,7 @@ struct Ring {
   // After reading it.
   __device__ __forceinline__ void release() {
     // What is filled is the slot of a unit before, which by now all warps but the slowest are done with.
-    constexpr u32 LATER = SLOTS > 3 ? 2 : 1;
+    constexpr u32 LATER = SLOTS / 2;
     if (unit >= LATER && unit % WARPS == threadIdx.x / 32) {
       const u32 before = unit - LATER, slot = before % SLOTS;
       state.empty[slot].wait(before / SLOTS % 2);

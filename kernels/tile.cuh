@@ -16,6 +16,7 @@ typedef float Sum[2][4][4];
 template <u32 BLOCKS, u32 ACROSS = 1>
 struct Place {
   static constexpr u32 EIGHTS = 4 * BLOCKS, ALL_THREADS = THREADS * ACROSS;
+  static constexpr bool EVEN = true;
   u32 lane, row, column;  // the lane's first row and column in the weight
   u32 row_block, group;   // the warp's first, in units of 16 rows and 32 columns
 
@@ -31,16 +32,14 @@ struct Place {
   }
   __device__ __forceinline__ u32 row_of(u32 eight) const { return row + eight / 4 * 16 + eight % 2 * 8; }
   __device__ __forceinline__ u32 column_of(u32 eight) const { return column + eight / 2 % 2 * 32; }
-  // In elements, from the weight's first; rows are `pitch` apart.
-  __device__ __forceinline__ u64 offset_of(u32 eight, u64 pitch) const {
-    return row * pitch + column + (eight / 4 * 16 + eight % 2 * 8) * pitch + eight / 2 % 2 * 32;
-  }
+  __device__ __forceinline__ u64 offset_of(u32, u64 pitch) const { return row * pitch + column; }
 };
 
 // A strip's 64 rows row by row, for what needs no products: neighbouring lanes have neighbouring eights, so that memory is read in long runs. One step
 // is as much as a tile.
 struct Lines {
   static constexpr u32 EIGHTS = 4, ALL_THREADS = THREADS;
+  static constexpr bool EVEN = false;
   u32 first_row, first_column, first_tile, width, inverse;
   u32 rows[EIGHTS], columns[EIGHTS];
 
@@ -61,7 +60,10 @@ struct Lines {
 };
 
 template <u32 DTYPE>
-constexpr int SIZE = DTYPE == F32 ? 4 : DTYPE == F16 || DTYPE == BF16 ? 2 : 1;
+constexpr int SIZE = DTYPE == F32 ? 4 : DTYPE == F16 || DTYPE == BF16 || DTYPE == LATE16 ? 2 : 1;
+
+template <u32 DTYPE>
+__device__ __forceinline__ u32 dtype_of(const Target& target) { return DTYPE == LATE16 || DTYPE == LATE8 ? target.dtype : DTYPE; }
 
 // Eight stored elements that lie together, at a multiple of their size.
 template <u32 DTYPE>
@@ -79,13 +81,21 @@ struct alignas(SIZE<DTYPE> == 1 ? 8 : 16) Stored {
     else return decode(DTYPE, code(i));
   }
 
-  __device__ __forceinline__ void values(float (&to)[8]) const {
-    if constexpr (DTYPE == E4M3) {
+  // All eight; `dtype` is what it is where that is not known early.
+  __device__ __forceinline__ void values(float (&to)[8], u32 dtype = DTYPE) const {
 #pragma unroll
-      for (int i = 0; i < 4; i++) read_e4m3_pair(raw[i / 2] >> 16 * (i % 2), to[2 * i], to[2 * i + 1]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; i++) to[i] = value(i);
+    for (int i = 0; i < 8; i += 2) {
+      if constexpr (SIZE<DTYPE> == 4) {
+        to[i] = bits_to_float(raw[i]), to[i + 1] = bits_to_float(raw[i + 1]);
+      } else if constexpr (SIZE<DTYPE> == 2) {
+        const u32 pair = raw[i / 2];
+        if (dtype == BF16) to[i] = bits_to_float(pair << 16), to[i + 1] = bits_to_float(pair & 0xffff0000);
+        else to[i] = half_to_float(u16(pair)), to[i + 1] = half_to_float(u16(pair >> 16));
+      } else {
+        const u32 pair = raw[i / 4] >> 8 * (i % 4);
+        if (dtype == E4M3) read_e4m3_pair(pair, to[i], to[i + 1]);
+        else to[i] = Eight<2>::read(pair & 0xff), to[i + 1] = Eight<2>::read(pair >> 8 & 0xff);
+      }
     }
   }
 
@@ -114,15 +124,12 @@ struct alignas(SIZE<DTYPE> == 1 ? 8 : 16) Stored {
 // ---- the weight, on its way through shared memory
 
 // What lies beside it will be wanted next: 256 bytes go to L2 at once.
-#ifndef L2HINT
-#define L2HINT ".L2::256B"
-#endif
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   const u32 at = static_cast<u32>(__cvta_generic_to_shared(to));
-  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global" L2HINT " [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-  else asm volatile("cp.async.ca.shared.global" L2HINT " [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global.L2::256B [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
 #else
   if constexpr (BYTES == 16) *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
   else *static_cast<uint2*>(to) = *static_cast<const uint2*>(from);
@@ -143,22 +150,41 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// Calls `visit(n, address)` for each of the lane's eights that lies in the weight and before column `until`. Rows are `pitch` elements apart.
+template <int BYTES, class Place, class Visit>
+__device__ __forceinline__ void for_eights(const Place& place, const void* matrix, u64 pitch, u32 rows, u32 until, Visit visit) {
+  u8* at = const_cast<u8*>(static_cast<const u8*>(matrix));
+  if constexpr (Place::EVEN) {
+    at += place.offset_of(0, pitch) * BYTES;
+    const u64 step = pitch * (8 * BYTES);
+    const bool left = place.column < until, right = place.column + 32 < until;
+#pragma unroll
+    for (u32 r = 0; r < Place::EIGHTS / 2; r++) {
+      const u32 n = r / 2 * 4 + r % 2;
+      const bool in = place.row + 8 * r < rows;
+      if (in && left) visit(n, at);
+      if (in && right) visit(n + 2, at + 32 * BYTES);
+      at += step;
+    }
+  } else {
+#pragma unroll
+    for (u32 n = 0; n < Place::EIGHTS; n++) {
+      if (place.row_of(n) < rows && place.column_of(n) < until) visit(n, at + place.offset_of(n, pitch) * BYTES);
+    }
+  }
+}
+
 // Enqueues the lane's part of a tile of the weight, whose columns lie side by side in multiples of eight and whose rows begin at 16 bytes (8 of 8-bit
 // ones), up to column `until`. Every lane reads only what it copied itself. What lies outside the weight stays what it was.
 template <u32 DTYPE, class Place, u32 ALL>
 __device__ __forceinline__ void copy_tile(Stored<DTYPE> (*eights)[ALL], const Target& target, const Place& place, u32 until = ~0u) {
-  const u8* base = static_cast<const u8*>(target.base);
-  const u32 rows = target.rows, columns = min(target.columns, until);
-#pragma unroll
-  for (u32 n = 0; n < Place::EIGHTS; n++) {
-    if (place.row_of(n) >= rows || place.column_of(n) >= columns) continue;
-    const u8* from = base + place.offset_of(n, target.base_row) * SIZE<DTYPE>;
+  for_eights<SIZE<DTYPE>>(place, target.base, target.base_row, target.rows, min(target.columns, until), [&](u32 n, const u8* from) {
     u8* to = reinterpret_cast<u8*>(&eights[n][threadIdx.x]);
     if constexpr (SIZE<DTYPE> == 1) copy_async<8>(to, from);
     else
 #pragma unroll
       for (int i = 0; i < SIZE<DTYPE> / 2; i++) copy_async<16>(to + 16 * i, from + 16 * i);
-  }
+  });
 }
 
 __device__ __forceinline__ u32 parts_of(u32 format) { return format == FORMAT_SPLIT ? 3 : 1; }
@@ -276,6 +302,9 @@ struct Direct {
     product.set(terms[i]);
     return product;
   }
+
+  // Nothing is copied for several tiles at once.
+  __device__ __forceinline__ bool touches(const Product&, u32) const { return true; }
 
   // products += up @ down, by a warp, if `mine`. `up_step`: between blocks of rows.
   template <bool HALF, int PARTS, u32 BLOCKS>
@@ -426,7 +455,7 @@ struct Plain {
       }
       if (scales) {
         float w[8];
-        eights[first + n][threadIdx.x].values(w);
+        eights[first + n][threadIdx.x].values(w, dtype_of<DTYPE>(target));
 #pragma unroll
         for (int i = 0; i < 8; i++) values[i] = term.kind == SCALE_ROWS ? w[i] : w[i] * values[i];
       }
