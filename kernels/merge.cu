@@ -322,6 +322,7 @@ __device__ __forceinline__ void merge_full(const Target* targets, const Term* al
 
 extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* targets, const Term* all, const Strip* strips) {
   __shared__ float sums[32][THREADS];
+  __shared__ float4 aside[8][THREADS];
   __shared__ Work work;
   const Strip strip = strips[blockIdx.x];
   work.load(targets, all, strip.target);
@@ -339,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* ta
       Sum total;
       clear(total);
       Direct direct(terms);
-      sum_products(total, direct, Aside{reinterpret_cast<float4(*)[THREADS]>(sums)}, target, terms, place);
+      sum_products(total, direct, Aside{aside}, target, terms, place);
       parked.park(total);
     }
     add_single(parked, target, terms, place, [&](u32 n, u32 i) {
