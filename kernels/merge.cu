@@ -377,20 +377,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* ta
     body(targets, terms, strips, room);                                                                                \
   }
 // Registers for 16 warps on a multiprocessor.
-#define MERGE(name, dtype, across)                                                       \
-  MERGE_AS(name, across * THREADS, 4 / across, (merge_products<dtype, across>))          \
-  MERGE_AS(name##_plain, THREADS, 4, merge_plain<dtype>)                                 \
+#define MERGE_PRODUCTS(name, dtype, across) MERGE_AS(name, across * THREADS, 4 / across, (merge_products<dtype, across>))
+#define MERGE_OTHERS(name, dtype)                        \
+  MERGE_AS(name##_plain, THREADS, 4, merge_plain<dtype>) \
   MERGE_AS(name##_full, THREADS, 4, merge_full<dtype>)
 
-#ifndef ACROSS8
-#define ACROSS8 1
-#endif
-MERGE(32, F32, 2)
-MERGE(16, LATE16, 2)
-MERGE(8, LATE8, ACROSS8)
-#ifdef EARLY
-MERGE_AS(f16, 2 * THREADS, 2, (merge_products<F16, 2>))
-MERGE_AS(bf16, 2 * THREADS, 2, (merge_products<BF16, 2>))
-MERGE_AS(e4m3, ACROSS8 * THREADS, 4 / ACROSS8, (merge_products<E4M3, ACROSS8>))
-MERGE_AS(e5m2, ACROSS8 * THREADS, 4 / ACROSS8, (merge_products<E5M2, ACROSS8>))
-#endif
+MERGE_PRODUCTS(32, F32, 2)
+MERGE_PRODUCTS(16, LATE16, 2)
+MERGE_PRODUCTS(e4m3, E4M3, 1)
+MERGE_PRODUCTS(e5m2, E5M2, 1)
+MERGE_OTHERS(32, F32)
+MERGE_OTHERS(16, LATE16)
+MERGE_OTHERS(8, LATE8)
