@@ -226,6 +226,7 @@ impl Norms {
         terms.sort_by_key(|term| term.kind > tables::Kind::Hadamard as u32);
         let products = terms.iter().filter(|t| t.kind <= tables::Kind::Hadamard as u32).count() as u32;
         let fast = Variant::of(
+            &part,
             &terms,
             aligned(&Target { out: part.base, out_row: part.base_row, out_columns: 0, ..part }, float),
         ) != Variant::Any;

@@ -97,7 +97,10 @@ impl Wanted {
         let (blocks, ranks) = self.blocks();
         let parts = self.key.format.parts() as usize;
         match self.key.layout {
-            Layout::Up | Layout::Right => blocks.checked_mul(ranks)?.checked_mul(parts * 512),
+            // A warp of the fastest kernel reads two blocks of rows, also where the factor has but one left.
+            Layout::Up | Layout::Right => {
+                blocks.next_multiple_of(2).checked_mul(ranks)?.checked_mul(parts * 512)
+            }
             Layout::Down => blocks.checked_mul(ranks)?.checked_mul(parts * 1024),
             Layout::Fp32 => self.key.rows.checked_mul(self.key.columns)?.checked_mul(4),
             Layout::Plain => byte_len(self.source.dtype(), self.source.shape()),

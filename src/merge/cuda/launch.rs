@@ -26,11 +26,16 @@ pub(super) enum Variant {
 }
 
 impl Variant {
-    /// The fastest kernel that does these terms. `aligned`: the weight's rows begin at 16 bytes, and its columns lie side by side in eights.
-    pub fn of(terms: &[Term], aligned: bool) -> Self {
+    /// The fastest kernel that does these terms of a target. `aligned`: the weight's rows begin at 16 bytes, and its columns lie side by side in
+    /// eights.
+    pub fn of(target: &Target, terms: &[Term], aligned: bool) -> Self {
         let product = |t: &Term| t.kind == Kind::LowRank as u32 || t.kind == Kind::Hadamard as u32;
-        // A region that ends within a block would need to be told from its neighbours.
-        let whole_blocks = |t: &Term| t.row % 16 == 0 && t.column % 32 == 0;
+        // `Products` tells no element of a warp's 32 rows and 64 columns from its neighbours.
+        let ends = |start: u32, count: u32, block: u32, size: u32| {
+            start % block == 0 && ((start + count) % block == 0 || start + count == size)
+        };
+        let whole_blocks =
+            |t: &Term| ends(t.row, t.rows, 32, target.rows) && ends(t.column, t.columns, 64, target.columns);
         let simple = |t: &Term| {
             let low_rank = t.kind == Kind::LowRank as u32 && t.format != super::tables::Format::Split as u32;
             low_rank && t.gain == 0 && whole_blocks(t)
@@ -165,4 +170,26 @@ const FRAGMENT: usize = 4 * 512;
 /// Shared memory of a block at most: two of them shall fit on a multiprocessor where its memory allows.
 fn most(gpu: &Gpu) -> usize {
     gpu.shared_memory().min(112 * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_region_within_a_warps_elements_is_not_for_the_fastest_kernel() {
+        let target = Target { rows: 200, columns: 328, ..Default::default() };
+        let of = |row, rows, column, columns| {
+            let term = Term { row, rows, column, columns, ..Default::default() };
+            Variant::of(&target, &[term], true)
+        };
+        for (row, rows, column, columns) in [(0, 200, 0, 328), (32, 64, 64, 128), (160, 40, 320, 8)] {
+            assert_eq!(of(row, rows, column, columns), Variant::Products, "{row} {rows} {column} {columns}");
+        }
+        for (row, rows, column, columns) in
+            [(16, 184, 0, 328), (0, 48, 0, 328), (0, 200, 32, 296), (0, 200, 0, 96), (0, 199, 0, 328)]
+        {
+            assert_eq!(of(row, rows, column, columns), Variant::Full, "{row} {rows} {column} {columns}");
+        }
+    }
 }

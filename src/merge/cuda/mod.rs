@@ -200,7 +200,7 @@ impl Plan {
             target.products = terms.iter().filter(|t| t.kind <= tables::Kind::Hadamard as u32).count() as u32;
             first += target.count;
             let float = Float::require(job.base.dtype(), job.name)?;
-            let variant = Variant::of(&terms, aligned(target, float));
+            let variant = Variant::of(target, &terms, aligned(target, float));
             launches.add(i, target, float, &terms, variant)?;
             rows.push(own);
         }
