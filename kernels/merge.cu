@@ -1,13 +1,16 @@
 // W' = round(W + sum of terms), every tile of every weight in one launch.
 //
-// Grid: one block of 128 threads per strip of tiles. W is copied ahead through shared memory, read once and written once; factors come as fragments
-// from L2, most of them once per block; the sums stay in registers, in fp32.
-// Bytes: each element of W read and written; of factors rank * (rows / 64 + columns) numbers a strip.
+// Grid: one block per strip of tiles. W is copied ahead through shared memory, read once and written once; factors come as fragments from L2, up factors
+// once per block; the sums stay in registers, in fp32.
+// Bytes: each element of W read and written; of factors rank * (rows + columns * rows / tile rows) numbers.
 //
-//   merge_DTYPE        all terms are low-rank products of 16-bit factors on whole blocks; tiles of 128 x 64
-//   merge_DTYPE_plain  all terms are plain; 64 x 64
-//   merge_DTYPE_full   products of any kind and plain terms; 64 x 64
-//   merge_any          any terms on any weight: strides, odd sizes, odd addresses, one element at a time; 64 x 64
+//   merge_{32,16,e4m3,e5m2}   all terms are low-rank products of 16-bit factors without gain, whose regions begin at multiples of 32 rows and 64 columns
+//                             and end at such or with the weight; tiles of 128 x 64 (64 x 64 of fp32), two side by side but for 8 bits
+//   merge_{32,16,8}_full      products of any kind and region, and plain terms; 64 x 64
+//   merge_{32,16,8}_plain     all terms are plain; strips of 64 rows and at most 16 tiles
+//   merge_any                 any terms on any weight: strides, odd sizes, odd addresses, one element at a time; 64 x 64
+//
+// 16 is fp16 or bf16 and 8 is E4M3 or E5M2, as the target says.
 #include "ring.cuh"
 
 // What W becomes moves in first: taking W out before gives, at strength 1, the value itself. Which elements did is told.

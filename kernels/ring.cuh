@@ -152,6 +152,8 @@ struct Ring {
       const u32 before = unit - LATER, slot = before % SLOTS;
       state.empty[slot].wait(before / SLOTS % 2);
       state.turn.wait((before + 1) % 2);
+      // No lane still waits for what the first is about to end.
+      __syncwarp();
       fill(slot);
       if (threadIdx.x % 32 == 0) state.turn.arrive();
     }
