@@ -157,7 +157,10 @@ fn carry(rows: &mut [Placed]) {
     let is_product = |row: &tables::Term| row.kind <= tables::Kind::Hadamard as u32;
     let products = rows.iter().take_while(|(row, ..)| is_product(row)).count();
     let products = &mut rows[..products];
-    products.sort_by(|(a, ..), (b, ..)| a.coefficient.abs().total_cmp(&b.coefficient.abs()));
+    // The rows stand as the last merge left them: equal ones by their terms, or a result would depend on what came before.
+    products.sort_by(|(a, _, one), (b, _, other)| {
+        a.coefficient.abs().total_cmp(&b.coefficient.abs()).then(one.cmp(other))
+    });
     let mut before = 0.0f32;
     for (row, ..) in products {
         row.carry = if row.coefficient == 0.0 { 0.0 } else { before / row.coefficient };
@@ -441,4 +444,21 @@ pub(super) fn checksums(queue: &Queue, weights: &[(&str, &View)]) -> Result<Vec<
         );
     }
     Ok(sums)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_order_of_a_sum_does_not_depend_on_the_merge_before() {
+        let row = |term, coefficient| (tables::Term { coefficient, ..Default::default() }, Some(1.0), term);
+        let mut rows = vec![row(0, 1.0), row(1, 0.5), row(2, -0.75)];
+        carry(&mut rows);
+        assert_eq!(rows.iter().map(|(.., term)| *term).collect::<Vec<_>>(), [1, 2, 0]);
+        assert_eq!(rows.iter().map(|(row, ..)| row.carry).collect::<Vec<_>>(), [0.0, 0.5 / -0.75, -0.75]);
+        rows.iter_mut().for_each(|(row, ..)| row.coefficient = 0.5);
+        carry(&mut rows);
+        assert_eq!(rows.iter().map(|(.., term)| *term).collect::<Vec<_>>(), [0, 1, 2]);
+    }
 }
