@@ -344,17 +344,21 @@ impl Region {
     }
 }
 
+/// The user's number times a factor of the file, in fp32, which both must leave it in.
+pub(super) fn coefficient(name: &str, strength: f64, scale: f64) -> Result<f32> {
+    let product = (strength * scale) as f32;
+    match product.is_finite() {
+        true => Ok(product),
+        false => Err(Error::argument(
+            format!("`{name}`: strength {strength} times the file's scale {scale} is beyond fp32"),
+            "1 is the usual strength",
+        )),
+    }
+}
+
 impl Term<'_> {
     /// The user's number times the file's own factor, as the executors compute with it.
     pub fn coefficient(&self, name: &str) -> Result<f32> {
-        let scale = self.op.scale();
-        let product = (self.strength * scale) as f32;
-        match product.is_finite() {
-            true => Ok(product),
-            false => Err(Error::argument(
-                format!("`{name}`: strength {} times the file's scale {scale} is beyond fp32", self.strength),
-                "1 is the usual strength",
-            )),
-        }
+        coefficient(name, self.strength, self.op.scale())
     }
 }

@@ -294,11 +294,8 @@ impl Stack {
         let kept = wanted.iter().filter(|w| !w.is_empty()).count()
             - due.iter().filter(|&&i| !wanted[i].is_empty()).count();
         due.iter().try_for_each(|&i| super::check_target(&self.targets[i].name, &self.targets[i].weight))?;
-        let mut devices: Vec<Device> = due.iter().map(|&i| self.targets[i].weight.device()).collect();
-        devices.sort_by_key(|device| format!("{device}"));
-        devices.dedup();
         let mut done = 0;
-        for device in devices {
+        for device in self.devices_of(&due) {
             let here = |&i: &usize| self.targets[i].weight.device() == device;
             let (merged, bare): (Vec<usize>, Vec<usize>) =
                 due.iter().copied().filter(here).partition(|&i| !wanted[i].is_empty());
@@ -312,6 +309,17 @@ impl Stack {
         }
         progress.at(due.len() as u64, due.len() as u64)?;
         Ok(Applied { changed: due.len(), kept })
+    }
+
+    /// The devices that these targets are on, each once.
+    fn devices_of(&self, targets: &[usize]) -> Vec<Device> {
+        let mut devices: Vec<Device> = Vec::new();
+        for device in targets.iter().map(|&i| self.targets[i].weight.device()) {
+            if !devices.contains(&device) {
+                devices.push(device);
+            }
+        }
+        devices
     }
 
     /// Copies the weights that have no copy yet; all on one device.
@@ -399,10 +407,7 @@ impl Stack {
         let mut result = Ok(());
         let with: Vec<usize> =
             (0..self.targets.len()).filter(|&i| self.targets[i].backup.is_some()).collect();
-        let mut devices: Vec<Device> = with.iter().map(|&i| self.targets[i].weight.device()).collect();
-        devices.sort_by_key(|device| format!("{device}"));
-        devices.dedup();
-        for device in devices {
+        for device in self.devices_of(&with) {
             let here: Vec<usize> =
                 with.iter().copied().filter(|&i| self.targets[i].weight.device() == device).collect();
             // The others still get their base.

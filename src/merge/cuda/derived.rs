@@ -4,7 +4,7 @@ use super::factors::{Factors, Wanted};
 use super::launch::{strips, Variant};
 use super::lower::{resolve, Draft, Drafts};
 use super::tables::{self, Format, Layout, Row, Strip, Target};
-use super::{aligned, packed_region};
+use super::{packed_region, reads_aligned};
 use crate::cuda::{Arg, Buffer, Queue};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
@@ -112,13 +112,13 @@ impl Computed {
                 if known.is_some_and(|entry| entry.pristine == job.pristine && lasts) {
                     continue;
                 }
-                let part = part(target, derived, Float::require(job.base.dtype(), job.name)?);
+                let float = Float::require(job.base.dtype(), job.name)?;
+                let part = part(target, derived, float);
                 let (results, memory) = match &derived.what {
                     What::Norm { axis, magnitude, inside } => {
                         let lines = if *axis == 0 { part.rows } else { part.columns } as usize;
                         let memory = queue.alloc(8 * lines)?;
                         let results = [memory.ptr(), memory.ptr() + 4 * lines as u64];
-                        let float = Float::require(job.base.dtype(), job.name)?;
                         norms.add(
                             part,
                             float,
@@ -136,9 +136,7 @@ impl Computed {
                         let ranks = rank.div_ceil(16);
                         let blocks = (shift + part.rows as usize).div_ceil(16);
                         let memory = queue.alloc(blocks * derived.taps * ranks * 3 * 512)?;
-                        let float = Float::require(job.base.dtype(), job.name)?;
-                        let plain = derived.taps == 1
-                            && aligned(&Target { out: part.base, out_row: part.base_row, ..part }, float);
+                        let plain = derived.taps == 1 && reads_aligned(&part, float);
                         rights.add(tables::Right {
                             base: part.base,
                             base_columns: part.base_columns,
@@ -223,13 +221,9 @@ impl Norms {
             .iter_mut()
             .zip(inside)
             .for_each(|(term, draft)| term.coefficient = draft.scale.unwrap_or(1.0) as f32);
-        terms.sort_by_key(|term| term.kind > tables::Kind::Hadamard as u32);
-        let products = terms.iter().filter(|t| t.kind <= tables::Kind::Hadamard as u32).count() as u32;
-        let fast = Variant::of(
-            &part,
-            &terms,
-            aligned(&Target { out: part.base, out_row: part.base_row, out_columns: 0, ..part }, float),
-        ) != Variant::Any;
+        terms.sort_by_key(|term| !term.is_product());
+        let products = terms.iter().filter(|t| t.is_product()).count() as u32;
+        let fast = Variant::of(&part, &terms, reads_aligned(&part, float)) != Variant::Any;
         let kernel = if fast { format!("squares_{}", tables::name(float)) } else { "squares_any".into() };
         let index = self.targets.len();
         let (tiles, stride) = match axis {

@@ -126,7 +126,7 @@ impl Factors {
         found.ok_or_else(|| Error::Backend("a factor was not loaded".into()))
     }
 
-    /// Brings what is missing to the device, in one copy and one launch.
+    /// Brings what is missing to the device, and packs it in one launch.
     pub fn load(&mut self, queue: &Queue, wanted: &[Wanted]) -> Result<()> {
         let mut missing: Vec<&Wanted> = Vec::new();
         let mut seen = std::collections::HashSet::new();
@@ -148,7 +148,7 @@ impl Factors {
         }
         let memory = queue.alloc(total)?;
         let at = |place: usize| memory.ptr() + place as u64;
-        // Host tensors travel together: those that are packed to scratch memory first, the others to their places.
+        // Of host tensors those that are packed go to scratch memory first, the others to their places.
         let staged = |w: &&Wanted| w.source.device() == Device::Cpu && w.key.layout != Layout::Plain;
         let raw_size: usize =
             missing.iter().filter(|w| staged(w)).map(|w| w.source.byte_len().next_multiple_of(ALIGN)).sum();
@@ -169,8 +169,9 @@ impl Factors {
                     let to = if w.key.layout == Layout::Plain {
                         at(place)
                     } else {
+                        let first = used;
                         used += bytes.len().next_multiple_of(ALIGN);
-                        raw.ptr() + (used - bytes.len().next_multiple_of(ALIGN)) as u64
+                        raw.ptr() + first as u64
                     };
                     parts.push((bytes, to));
                     to

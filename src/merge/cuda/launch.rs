@@ -29,7 +29,6 @@ impl Variant {
     /// The fastest kernel that does these terms of a target. `aligned`: the weight's rows begin at 16 bytes, and its columns lie side by side in
     /// eights.
     pub fn of(target: &Target, terms: &[Term], aligned: bool) -> Self {
-        let product = |t: &Term| t.kind == Kind::LowRank as u32 || t.kind == Kind::Hadamard as u32;
         // `Products` tells no element of a warp's 32 rows and 64 columns from its neighbours.
         let ends = |start: u32, count: u32, block: u32, size: u32| {
             start % block == 0 && ((start + count) % block == 0 || start + count == size)
@@ -40,9 +39,9 @@ impl Variant {
             let low_rank = t.kind == Kind::LowRank as u32 && t.format != super::tables::Format::Split as u32;
             low_rank && t.gain == 0 && whole_blocks(t)
         };
-        if !aligned || !terms.iter().all(|t| product(t) || t.plain == 1) {
+        if !aligned || !terms.iter().all(|t| t.is_product() || t.plain == 1) {
             Variant::Any
-        } else if !terms.iter().any(product) {
+        } else if !terms.iter().any(Term::is_product) {
             Variant::Plain
         } else if terms.iter().all(simple) {
             Variant::Products

@@ -11,7 +11,7 @@ mod tables;
 
 #[cfg(feature = "torch")]
 use super::ops::Op;
-use super::ops::{Region, Rounding, Storage};
+use super::ops::{self, Region, Rounding, Storage};
 use super::Work;
 use crate::cuda::{Arg, Buffer, Gpu, Queue};
 use crate::dtype::{byte_len, Dtype, Float};
@@ -140,22 +140,13 @@ fn rounding(rounding: Rounding) -> (u32, bool) {
 
 fn coefficient(job: &Work<'_>, scale: Option<f64>, term: usize) -> Result<f32> {
     let Some(scale) = scale else { return Ok(1.0) };
-    let strength = job.terms.get(term).map_or(0.0, |term| term.strength);
-    let product = (strength * scale) as f32;
-    match product.is_finite() {
-        true => Ok(product),
-        false => Err(Error::argument(
-            format!("`{}`: strength {strength} times the file's scale {scale} is beyond fp32", job.name),
-            "1 is the usual strength",
-        )),
-    }
+    ops::coefficient(job.name, job.terms.get(term).map_or(0.0, |term| term.strength), scale)
 }
 
 /// Products by the size of their coefficients, each with that of the one before over its own: `merge_products` keeps one sum in units of the
 /// coefficient at hand.
 fn carry(rows: &mut [Placed]) {
-    let is_product = |row: &tables::Term| row.kind <= tables::Kind::Hadamard as u32;
-    let products = rows.iter().take_while(|(row, ..)| is_product(row)).count();
+    let products = rows.iter().take_while(|(row, ..)| row.is_product()).count();
     let products = &mut rows[..products];
     // The rows stand as the last merge left them: equal ones by their terms, or a result would depend on what came before.
     products.sort_by(|(a, _, one), (b, _, other)| {
@@ -179,7 +170,7 @@ impl Plan {
                 let whole = region.rows == (0..rows) && region.cols == (0..columns);
                 own.add(job.name, term.op, (i, term.strength), &region, whole)?;
             }
-            own.rows.sort_by_key(|draft| draft.row.kind > tables::Kind::Hadamard as u32);
+            own.rows.sort_by_key(|draft| !draft.row.is_product());
             drafts.push(own);
         }
         let wanted: Vec<Wanted> = drafts.iter().flat_map(Drafts::wanted).collect();
@@ -200,7 +191,7 @@ impl Plan {
             let terms: Vec<tables::Term> = own.iter().map(|(row, ..)| *row).collect();
             let target = &mut targets[i];
             (target.first, target.count) = (first, terms.len() as u32);
-            target.products = terms.iter().filter(|t| t.kind <= tables::Kind::Hadamard as u32).count() as u32;
+            target.products = terms.iter().filter(|t| t.is_product()).count() as u32;
             first += target.count;
             let float = Float::require(job.base.dtype(), job.name)?;
             let variant = Variant::of(target, &terms, aligned(target, float));
@@ -242,6 +233,12 @@ fn aligned(target: &tables::Target, float: Float) -> bool {
     target.columns % 8 == 0
         && side(target.base, target.base_row, target.base_columns)
         && side(target.out, target.out_row, target.out_columns)
+}
+
+/// As [`aligned`], for kernels that only read the weight.
+fn reads_aligned(target: &tables::Target, float: Float) -> bool {
+    let (out, out_row, out_columns) = (target.base, target.base_row, target.base_columns);
+    aligned(&tables::Target { out, out_row, out_columns, ..*target }, float)
 }
 
 /// Offsets of columns that do not lie side by side, by their shape and strides.

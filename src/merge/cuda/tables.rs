@@ -118,6 +118,13 @@ pub(super) struct Term {
     pub carry: f32,
 }
 
+impl Term {
+    /// Whether it is made of products of fragments; those come first among a target's terms.
+    pub fn is_product(&self) -> bool {
+        self.kind <= Kind::Hadamard as u32
+    }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Strip {
