@@ -8,6 +8,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 enum Dtype : u32 { F32 = 0, F16 = 1, BF16 = 2, E4M3 = 3, E5M2 = 4 };
+// What a kernel is compiled for may also leave open which of two it is.
+constexpr u32 LATE16 = 5, LATE8 = 6;
 
 // How a factor's numbers stand in fragments. SPLIT keeps an fp32 number as a sum of three bf16 ones, which is exact: 3 x 8 bits are its 24.
 enum Format : u32 { FORMAT_BF16 = 0, FORMAT_F16 = 1, FORMAT_SPLIT = 2 };
@@ -107,48 +109,81 @@ struct Eight {
   static constexpr u32 SMALLEST = (127 - BIAS + 1) << 23;     // the smallest normal number, as fp32 bits
   static constexpr u32 LARGEST = M == 3 ? 0x43e00000 : 0x47600000;  // 448; 57344
   static constexpr u32 NOT_A_NUMBER = 0x7f;
-  static constexpr u32 REBIAS = (127 - BIAS) << 23;
 
   static __device__ __forceinline__ float read(u32 code) {
+    // The upper half of an fp16 number.
+    if (M == 2) return half_to_float(u16(code << 8));
     u32 sign = (code & 0x80) << 24, rest = code & 0x7f;
-    if (M == 3 ? rest == 0x7f : rest > 0x7c) return bits_to_float(0x7fffffff);
-    if (M == 2 && rest == 0x7c) return bits_to_float(sign | 0x7f800000);
+    if (rest == 0x7f) return bits_to_float(0x7fffffff);
     // The exponent and mantissa fields placed as fp32's make a number that is 2^(127 - BIAS) too small, subnormal ones included.
     float magnitude = bits_to_float(rest << DROPPED) * bits_to_float((127 + 127 - BIAS) << 23);
     return bits_to_float(__float_as_uint(magnitude) | sign);
   }
 
+  // A magnitude that is multiplied by this has the exponent field of the code as fp32's, subnormal numbers included, and so the code in its upper bits.
+  static constexpr u32 FACTOR = u32(BIAS) << 23;  // 2^(BIAS - 127)
+
   // Rounded to nearest even or, with 16 random bits, up with the probability of the distance; never beyond the largest number.
   static __device__ __forceinline__ u32 write(float value, bool stochastic, u32 random) {
-    u32 bits = __float_as_uint(value), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return NOT_A_NUMBER;
+    const u32 bits = __float_as_uint(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) return NOT_A_NUMBER;
+    const float size = fminf(fabsf(value), bits_to_float(LARGEST));
     u32 code;
-    if (magnitude < SMALLEST) {
-      // In units of the smallest number; exact, and below 2^M.
-      float units = bits_to_float(magnitude) * bits_to_float((127 + BIAS - 1 + M) << 23);
-      u32 whole = u32(units);
-      float rest = units - float(whole);
-      bool up = stochastic ? u32(rest * 65536.0f) + random > 65535 : rest > 0.5f || (rest == 0.5f && (whole & 1));
-      code = whole + up;
+    if (stochastic) {
+      code = (__float_as_uint(__fmul_rz(size, bits_to_float(FACTOR))) + (random << (DROPPED - 16))) >> DROPPED;
     } else {
-      u32 up = stochastic ? random << (DROPPED - 16) : (1u << (DROPPED - 1)) - 1 + (magnitude >> DROPPED & 1);
-      u32 rounded = magnitude + up;
-      if (rounded > LARGEST) rounded = LARGEST;
-      code = (rounded - REBIAS) >> DROPPED;
+      // Subnormal numbers stand as far apart as the smallest normal ones. In units of the last place; the sum's mantissa is that number, rounded.
+      const u32 exponent = max(__float_as_uint(size) & 0x7f800000, SMALLEST);
+      const float units = fmaf(size, bits_to_float((u32(127 + 127 + M) << 23) - exponent), 8388608.0f);
+      code = (__float_as_uint(units) & 0xff) + (exponent >> DROPPED) - (SMALLEST >> DROPPED);
     }
-    return code | sign;
+    return code | (bits >> 24 & 0x80);
   }
 };
 
-// Random bits of elements 2 * pair and 2 * pair + 1 (lower and upper half); src/dtype.rs has the definition.
-__device__ __forceinline__ u32 noise(u64 pair, u32 seed) {
-  u32 x = u32(pair) * 0x9e3779b1u + u32(pair >> 32) * 0x85ebca77u + seed;
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ x >> 16;
+// Two numbers as codes, rounded to nearest even; the first in the lowest byte.
+__device__ __forceinline__ u32 pack_eights(u32 dtype, float first, float second) {
+#if __CUDA_ARCH__ >= 890
+  u32 pair;
+  if (dtype == E4M3) asm("{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, %1, %2; cvt.u32.u16 %0, pair; }" : "=r"(pair) : "f"(second), "f"(first));
+  else asm("{ .reg .b16 pair; cvt.rn.satfinite.e5m2x2.f32 pair, %1, %2; cvt.u32.u16 %0, pair; }" : "=r"(pair) : "f"(second), "f"(first));
+  return pair;
+#else
+  if (dtype == E4M3) return Eight<3>::write(first, false, 0) | Eight<3>::write(second, false, 0) << 8;
+  return Eight<2>::write(first, false, 0) | Eight<2>::write(second, false, 0) << 8;
+#endif
 }
+
+// Two E4M3 codes, the first in the lowest byte; upper bits are any.
+__device__ __forceinline__ void read_e4m3_pair(u32 codes, float& first, float& second) {
+#if __CUDA_ARCH__ >= 890
+  u32 halves;
+  asm("{ .reg .b16 pair; cvt.u16.u32 pair, %1; cvt.rn.f16x2.e4m3x2 %0, pair; }" : "=r"(halves) : "r"(codes));
+  first = half_to_float(u16(halves));
+  second = half_to_float(u16(halves >> 16));
+#else
+  first = Eight<3>::read(codes & 0xff);
+  second = Eight<3>::read(codes >> 8 & 0xff);
+#endif
+}
+
+// Random bits of elements 2 * pair and 2 * pair + 1 (lower and upper half); src/dtype.rs has the definition. In two steps, since neighbouring pairs
+// that differ in their lower 32 bits alone have the first in common but for STRIDE.
+struct Noise {
+  static constexpr u32 STRIDE = 0x9e3779b1u;
+  static __device__ __forceinline__ u32 start(u64 pair, u32 seed) { return u32(pair) * STRIDE + u32(pair >> 32) * 0x85ebca77u + seed; }
+  // The lower half is still to be combined with the upper one.
+  static __device__ __forceinline__ u32 halves(u32 x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    return x * 0x846ca68bu;
+  }
+  static __device__ __forceinline__ u32 bits(u32 x) {
+    x = halves(x);
+    return x ^ x >> 16;
+  }
+};
 
 // Stored codes and their values, for a dtype known late; folds away for one known early.
 __device__ __forceinline__ float decode(u32 dtype, u32 code) {
@@ -184,7 +219,9 @@ __device__ __forceinline__ float read_as(u32 dtype, const void* from, u64 at) { 
 
 // ---- products: D[16, 8] += A[16, 16] B[16, 8], one warp, operands as the PTX manual lays out mma.m16n8k16
 
-__device__ __forceinline__ void mma_emulated(float (&d)[4], const uint4& a, u32 b0, u32 b1, bool half) {
+// Called: inlined everywhere it would be most of the code.
+__device__ __noinline__ float4 mma_emulated(float4 sum, uint4 a, u32 b0, u32 b1, bool half) {
+  float d[4] = {sum.x, sum.y, sum.z, sum.w};
   // sm_75 has no such product. Lane (g, t) holds rows g and g + 8 of A and column g of B, both at ranks 2t, 2t + 1, 2t + 8, 2t + 9.
   const u32 lane = threadIdx.x & 31;
   auto low = [&](u32 pair) { return half ? half_to_float(u16(pair)) : bits_to_float(pair << 16); };
@@ -204,6 +241,7 @@ __device__ __forceinline__ void mma_emulated(float (&d)[4], const uint4& a, u32 
       }
     }
   }
+  return make_float4(d[0], d[1], d[2], d[3]);
 }
 
 template <bool HALF>
@@ -219,7 +257,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint4& a, u32 b0, u32 b
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
   }
 #else
-  mma_emulated(d, a, b0, b1, HALF);
+  const float4 sum = mma_emulated(make_float4(d[0], d[1], d[2], d[3]), a, b0, b1, HALF);
+  d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
 #endif
 }
 

@@ -1,14 +1,17 @@
 // W' = round(W + sum of terms), every tile of every weight in one launch.
 //
-// Grid: one block of 128 threads per strip of tiles. W is copied ahead through shared memory, read once and written once; factors come as fragments
-// from L2, most of them once per block; the sums stay in registers, in fp32.
-// Bytes: each element of W read and written; of factors rank * (rows / 64 + columns) numbers a strip.
+// Grid: one block per strip of tiles. W is copied ahead through shared memory, read once and written once; factors come as fragments from L2, up factors
+// once per block; the sums stay in registers, in fp32.
+// Bytes: each element of W read and written; of factors rank * (rows + columns * rows / tile rows) numbers.
 //
-//   merge_DTYPE        all terms are low-rank products of 16-bit factors on whole blocks; tiles of 128 x 64
-//   merge_DTYPE_plain  all terms are plain; 64 x 64
-//   merge_DTYPE_full   products of any kind and plain terms; 64 x 64
-//   merge_any          any terms on any weight: strides, odd sizes, odd addresses, one element at a time; 64 x 64
-#include "tile.cuh"
+//   merge_{32,16,e4m3,e5m2}   all terms are low-rank products of 16-bit factors without gain, whose regions begin at multiples of 32 rows and 64 columns
+//                             and end at such or with the weight; tiles of 128 x 64 (64 x 64 of fp32), two side by side but for 8 bits
+//   merge_{32,16,8}_full      products of any kind and region, and plain terms; 64 x 64
+//   merge_{32,16,8}_plain     all terms are plain; strips of 64 rows and at most 16 tiles
+//   merge_any                 any terms on any weight: strides, odd sizes, odd addresses, one element at a time; 64 x 64
+//
+// 16 is fp16 or bf16 and 8 is E4M3 or E5M2, as the target says.
+#include "ring.cuh"
 
 // What W becomes moves in first: taking W out before gives, at strength 1, the value itself. Which elements did is told.
 __device__ __forceinline__ u32 replace(float (&w)[8], const Target& target, const Term* terms, u32 row, u32 column) {
@@ -32,13 +35,12 @@ __device__ __forceinline__ u32 replace(float (&w)[8], const Target& target, cons
 }
 
 // The new codes of eight elements. Where nothing is added every bit stays, -0 and NaN included.
-template <bool REPLACES>
 __device__ __forceinline__ void finish(u32 dtype, u32 (&codes)[8], const float (&delta)[8], const Target& target, const Term* terms,
                                        u32 row, u32 column) {
   float w[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) w[i] = decode(dtype, codes[i]) * target.scale;
-  const u32 replaced = REPLACES ? replace(w, target, terms, row, column) : 0;
+  const u32 replaced = replace(w, target, terms, row, column);
   const u64 element = u64(row) * target.columns + column;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
@@ -46,137 +48,284 @@ __device__ __forceinline__ void finish(u32 dtype, u32 (&codes)[8], const float (
     u32 random = 0;
     if (dtype >= E4M3) {
       if (target.scale != 1.0f) sum = sum / target.scale;
-      if (target.stochastic) random = noise((element + i) / 2, target.seed) >> (element + i) % 2 * 16 & 0xffff;
+      if (target.stochastic) random = Noise::bits(Noise::start((element + i) / 2, target.seed)) >> (element + i) % 2 * 16 & 0xffff;
     }
     if (delta[i] != 0.0f || replaced >> i & 1) codes[i] = encode(dtype, sum, target.stochastic, random);
   }
 }
 
-// Rounds and writes one eight; `sum` points at its first element in a `Sum`.
-template <u32 DTYPE>
-__device__ __forceinline__ void write_eight(const Stored<DTYPE>& old, const Sum& total, float coefficient, int group, int half, const Target& target,
-                                            u32 row, u32 column) {
-  if (row >= target.rows || column >= target.columns) return;
-  Stored<DTYPE> result;
-  if constexpr (SIZE<DTYPE> == 2) {
+// The highest bytes of four words.
+__device__ __forceinline__ u32 high_bytes(u32 a, u32 b, u32 c, u32 d) { return __byte_perm(__byte_perm(a, b, 0x0073), __byte_perm(c, d, 0x0073), 0x5410); }
+
+// Eight numbers as codes of 8 bits (`Eight::write` has the reasons). `noise`: `Noise::start` of the first pair. NaN is right only to nearest.
+__device__ __forceinline__ void encode_eight(u32 dtype, u32 (&raw)[2], const float (&x)[8], bool stochastic, u32 noise) {
+  if (!stochastic) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const float low = total[group][j][half * 2] * coefficient, high = total[group][j][half * 2 + 1] * coefficient;
-      const float a = old.value(2 * j) + low, b = old.value(2 * j + 1) + high;
-      const u32 sum = DTYPE == BF16 ? pack_bf16(a, b) : pack_half(a, b);
-      const u32 keep = (low == 0.0f ? 0xffffu : 0u) | (high == 0.0f ? 0xffff0000u : 0u);
-      result.raw[j] = (old.raw[j] & keep) | (sum & ~keep);
-    }
-  } else {
-    u32 codes[8];
-    float delta[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) codes[i] = old.code(i), delta[i] = total[group][i / 2][half * 2 + i % 2] * coefficient;
-    finish<false>(DTYPE, codes, delta, target, nullptr, row, column);
-    result.set(codes);
+    for (int i = 0; i < 2; i++) raw[i] = pack_eights(dtype, x[4 * i], x[4 * i + 1]) | pack_eights(dtype, x[4 * i + 2], x[4 * i + 3]) << 16;
+    return;
   }
-  result.store(static_cast<u8*>(target.out) + (row * target.out_row + column) * SIZE<DTYPE>);
+  const float largest = bits_to_float(dtype == E4M3 ? Eight<3>::LARGEST : Eight<2>::LARGEST);
+  const float factor = bits_to_float(dtype == E4M3 ? Eight<3>::FACTOR : Eight<2>::FACTOR);
+  const u32 shift = 1 << (8 - (dtype == E4M3 ? Eight<3>::DROPPED : Eight<2>::DROPPED) + 16);  // moves the code to the highest byte
+  u32 codes[8];
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    const u32 halves = Noise::halves(noise + i / 2 * Noise::STRIDE);
+    // 16 random bits below the code.
+    const u32 random[2] = {__byte_perm(halves ^ halves >> 16, 0, 0x4104), __byte_perm(halves, 0, 0x4324)};
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const u32 size = __float_as_uint(__fmul_rz(fminf(fabsf(x[i + j]), largest), factor));
+      codes[i + j] = (size * shift + random[j]) | (__float_as_uint(x[i + j]) & 0x80000000);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) raw[i] = high_bytes(codes[4 * i], codes[4 * i + 1], codes[4 * i + 2], codes[4 * i + 3]);
 }
 
-extern __shared__ uint4 shared[];
+// What the end of a tile needs of its target.
+struct Rounding {
+  u32 dtype, stochastic, seed;
+  float scale, inverse;
 
-// How far ahead tiles and factors are copied. src/merge/cuda/launch.rs counts the bytes too.
+  __device__ __forceinline__ Rounding(u32 dtype, const Target& target)
+      : dtype(dtype), stochastic(target.stochastic), seed(target.seed), scale(target.scale), inverse(dtype < E4M3 ? 1.0f : 1.0f / target.scale) {}
+};
+
+// Eight new codes: W + coefficient * sums. `usual`: no sum is 0 or, of 8 bits, anything but finite.
 template <u32 DTYPE>
-constexpr int STAGES = 3;
-
-// The up factors are kept behind the ring.
-template <u32 DTYPE, u32 BLOCKS>
-__device__ __forceinline__ Ups<BLOCKS> ups_of(u32 room) {
-  return Ups<BLOCKS>(shared + STAGES<DTYPE> * (4 * BLOCKS * THREADS * SIZE<DTYPE> / 2 + 3 * THREADS), room);
+__device__ __forceinline__ Stored<DTYPE> add_to_eight(const Stored<DTYPE>& old, const float (&sums)[8], float coefficient, const Rounding& rounding, bool usual, u64 element) {
+  const u32 dtype = rounding.dtype;
+  Stored<DTYPE> result;
+  float sum[8];
+  old.values(sum, dtype);
+  if constexpr (SIZE<DTYPE> == 1) {
+    const float scale = rounding.scale;
+    if (scale != 1.0f) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const float whole = sum[i] * scale + sums[i] * coefficient;
+        // Division as it is rounded: what the product lacks is corrected.
+        const float quotient = whole * rounding.inverse;
+        sum[i] = fabsf(quotient) < 3.4e38f ? fmaf(fmaf(-quotient, scale, whole), rounding.inverse, quotient) : quotient;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i++) sum[i] += sums[i] * coefficient;
+    }
+    encode_eight(dtype, result.raw, sum, rounding.stochastic, Noise::start(element / 2, rounding.seed));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum[i] = fmaf(sums[i], coefficient, sum[i]);
+#pragma unroll
+    for (int j = 0; j < 2 * SIZE<DTYPE>; j++) {
+      if constexpr (SIZE<DTYPE> == 4) result.raw[j] = __float_as_uint(sum[j]);
+      else result.raw[j] = dtype == BF16 ? pack_bf16(sum[2 * j], sum[2 * j + 1]) : pack_half(sum[2 * j], sum[2 * j + 1]);
+    }
+  }
+  if (!usual) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      constexpr int EACH = 4 / SIZE<DTYPE>;
+      const u32 mask = (SIZE<DTYPE> == 4 ? ~0u : (1u << 8 * SIZE<DTYPE> % 32) - 1) << i % EACH * 8 * SIZE<DTYPE>;
+      u32& word = result.raw[i / EACH];
+      if (SIZE<DTYPE> == 1 && sum[i] != sum[i]) word = (word & ~mask) | (0x7f7f7f7f & mask);
+      // Where nothing is added every bit stays, -0 and NaN included.
+      if (sums[i] * coefficient == 0.0f) word = (word & ~mask) | (old.raw[i / EACH] & mask);
+    }
+  }
+  return result;
 }
 
-template <u32 DTYPE>
+// Rounds and writes the lane's part of a tile.
+template <u32 DTYPE, class Place, u32 BLOCKS, u32 ALL>
+__device__ __forceinline__ void write_tile(const Stored<DTYPE> (*eights)[ALL], const Sum (&total)[BLOCKS], float coefficient, const Target& target,
+                                           const Place& place, u32 until) {
+  const Rounding rounding(dtype_of<DTYPE>(target), target);
+  // Four at a time: a product that vanishes where no factor does costs time alone.
+  bool usual = coefficient != 0.0f;
+  float probe = 0.0f;
+#pragma unroll
+  for (int j = 0; j < 8 * BLOCKS; j++) {
+    const float* four = total[j / 8][j / 4 % 2][j % 4];
+    const float all = (four[0] * four[1]) * (four[2] * four[3]);
+    usual &= fabsf(all) > 0.0f;
+    // 0 until something is not finite.
+    probe = fmaf(all, 0.0f, probe);
+  }
+  if constexpr (SIZE<DTYPE> == 1) {
+    u32 special = 0;
+#pragma unroll
+    for (int n = 0; n < 4 * BLOCKS; n++) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) special |= (eights[n][threadIdx.x].raw[i] & 0x7f7f7f7f) + (rounding.dtype == E4M3 ? 0x01010101 : 0x04040404);
+    }
+    usual &= probe == 0.0f && !(special & 0x80808080);
+  }
+  const u32 width = target.columns;
+  const auto write = [&](bool usual) {
+    for_eights<SIZE<DTYPE>>(place, target.out, target.out_row, target.rows, min(width, until), [&](u32 n, u8* to) {
+      float sums[8];
+#pragma unroll
+      for (int i = 0; i < 8; i++) sums[i] = total[n / 4][n / 2 % 2][i / 2][n % 2 * 2 + i % 2];
+      add_to_eight<DTYPE>(eights[n][threadIdx.x], sums, coefficient, rounding, usual, u64(place.row_of(n)) * width + place.column_of(n)).store(to);
+    });
+  };
+  if (SIZE<DTYPE> == 1) write(usual);
+  else if (usual) write(true);
+  else write(false);
+}
+
+// The tiles of the weight that a block's warps copy ahead, COUNT of them, each lane what it will use itself. ACROSS of them are one here.
+template <u32 DTYPE, class Place, u32 COUNT, u32 ACROSS = 1>
+struct Tiles {
+  using Tile = Stored<DTYPE>[Place::EIGHTS][Place::ALL_THREADS];
+  static constexpr u32 BYTES = COUNT * sizeof(Tile);
+  Tile* tiles;
+  Place place;
+  const Target& target;
+  u32 next, last;
+  u32 slot = 0;  // of the oldest tile
+
+  __device__ __forceinline__ Tiles(void* shared, const Target& target, const Strip& strip)
+      : tiles(static_cast<Tile*>(shared)), place(strip), target(target), next(strip.column_tile), last(strip.column_tile + strip.count) {
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i++) copy_next();
+  }
+
+  // The column where the strip ends.
+  __device__ __forceinline__ u32 until() const { return last * COLUMNS; }
+
+  // Copies a tile into the oldest's place.
+  __device__ __forceinline__ void copy_next() {
+    if (next < last) {
+      place.move_to(next);
+      copy_tile<DTYPE>(tiles[slot], target, place, until());
+    }
+    next += ACROSS;
+    slot = slot + 1 == COUNT ? 0 : slot + 1;
+    commit_copies();
+  }
+
+  // The oldest tile, once it is there.
+  __device__ __forceinline__ const Stored<DTYPE> (*wait())[Place::ALL_THREADS] {
+    wait_for_copies<COUNT - 1>();
+    return tiles[slot];
+  }
+};
+
+template <u32 DTYPE, u32 ACROSS>
 __device__ __forceinline__ void merge_products(const Target* targets, const Term* all, const Strip* strips, u32 room) {
   constexpr u32 BLOCKS = SIZE<DTYPE> == 4 ? 1 : 2;
-  __shared__ Work work;
+  using Place = ::Place<BLOCKS, ACROSS>;
+  using Copied = Tiles<DTYPE, Place, 1, ACROSS>;
+  using Factors = ::Factors<2, BLOCKS, ACROSS>;
+  __shared__ Target target;
   const Strip strip = strips[blockIdx.x];
-  work.load(targets, all, strip.target);
-  const Target& target = work.target;
-  const Term* const terms = work.terms;
-  const Ups<BLOCKS> first_up = ups_of<DTYPE, BLOCKS>(room);
-  Reader<DTYPE, BLOCKS, STAGES<DTYPE>> reader(target, terms, strip, shared);
-  Place<BLOCKS> place(strip.row_tile);
-  copy_ups(first_up, target, terms, place);
-  reader.begin();
-  for (u32 tile = 0; tile < strip.count; tile++) {
-    place.move_to(strip.column_tile + tile);
+  if (threadIdx.x == 0) Factors::init(strip);
+  if (threadIdx.x < sizeof(Target) / 4) reinterpret_cast<u32*>(&target)[threadIdx.x] = reinterpret_cast<const u32*>(targets + strip.target)[threadIdx.x];
+  __syncthreads();
+  Copied tiles(shared, target, strip);
+  Factors factors(Copied::BYTES, room, target, all + target.first, strip);
+  Place place(strip);
+  factors.wait();
+#pragma unroll 1
+  for (u32 tile = strip.column_tile; tile < strip.column_tile + strip.count; tile += ACROSS) {
+    place.move_to(tile);
     Sum total[BLOCKS];
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++) clear(total[n]);
-    Ups<BLOCKS> ups = first_up;
     float coefficient = 1.0f;
-    for (u32 k = 0; k < target.products; k++) {
-      const Term& term = terms[k];
+    const u32 count = target.products;
+#pragma unroll 1
+    for (u32 k = 0; k < count; k++) {
+      const Product& product = factors.reader.get(k);
       // The sum so far in units of this term's coefficient: one set of registers serves all terms. They come in the order of their coefficients,
       // so that a carry is at most 1.
-      if (k > 0) {
+      const float carry = product.carry;
+      if (k > 0 && carry != 1.0f) {
 #pragma unroll
-        for (int i = 0; i < 32 * BLOCKS; i++) total[i / 32][i / 16 % 2][i / 4 % 4][i % 4] *= term.carry;
+        for (int i = 0; i < 32 * BLOCKS; i++) total[i / 32][i / 16 % 2][i / 4 % 4][i % 4] *= carry;
       }
-      coefficient = term.coefficient;
-      const u32 row_block = place.row_block - term.row / 16;
-      const Groups groups(term, strip.column_tile + tile);
-      const bool any = groups.any && row_block < row_blocks(term);
-      const uint4* up = ups.place(term.a, term.ranks, row_block);
-      if (term.format == FORMAT_F16) reader.template add_pair<true, 1>(total, up, term.b, term.ranks, groups, any);
-      else reader.template add_pair<false, 1>(total, up, term.b, term.ranks, groups, any);
+      coefficient = product.coefficient;
+      if (!factors.reader.touches(product, tile)) continue;
+      const Product::Pair& pair = product.pairs[0];
+      const bool mine = product.has_block(place.row_block) && product.touches(place.group / 2);
+      // A factor may end with the first block.
+      const u32 step = product.has_block(place.row_block + 1) ? pair.fragments * 32 : 0;
+      const uint4* up = up_of(pair, place.row_block);
+      if (pair.format == FORMAT_F16) factors.reader.template add_pair<true, 1>(total, up, step, product, pair, place.group, mine);
+      else factors.reader.template add_pair<false, 1>(total, up, step, product, pair, place.group, mine);
     }
-    const Stored<DTYPE> (*eights)[THREADS] = reader.ring.tiles[tile % STAGES<DTYPE>];
-#pragma unroll
-    for (int n = 0; n < 4 * BLOCKS; n++) {
-      write_eight<DTYPE>(eights[n][threadIdx.x], total[n / 4], coefficient, n / 2 % 2, n % 2, target, place.row_of(n), place.column_of(n));
-    }
+    write_tile<DTYPE>(tiles.wait(), total, coefficient, target, place, tiles.until());
+    tiles.copy_next();
   }
 }
 
-// PRODUCTS: there may be products; registers are left for half a tile's plain eights.
-template <u32 DTYPE, bool PRODUCTS>
-__device__ __forceinline__ void merge_full(const Target* targets, const Term* all, const Strip* strips, u32 room) {
-  constexpr int AT_ONCE = PRODUCTS ? 2 : 4;
+// The plain terms, and the end of a tile. AT_ONCE of its eights are on their way at a time.
+template <int AT_ONCE, u32 DTYPE, class Tiles, class Place>
+__device__ __forceinline__ void finish_tile(Sum (&total)[1], Tiles& tiles, const Target& target, const Term* terms, const Place& place) {
+  const Stored<DTYPE> (*eights)[THREADS] = nullptr;
+#pragma unroll 1
+  for (u32 i = target.products; i < target.count; i++) {
+#pragma unroll
+    for (int n = 0; n < 4; n += AT_ONCE) {
+      Plain<AT_ONCE> plain;
+      plain.load(n, target, terms[i], place);
+      eights = tiles.wait();
+      plain.template add<DTYPE>(total[0], n, eights, target, terms[i]);
+      asm volatile("" ::: "memory");
+    }
+  }
+  eights = tiles.wait();
+  write_tile<DTYPE>(eights, total, 1.0f, target, place, tiles.until());
+  tiles.copy_next();
+}
+
+template <u32 DTYPE>
+__device__ __forceinline__ void merge_plain(const Target* targets, const Term* all, const Strip* strips, u32) {
   __shared__ Work work;
   const Strip strip = strips[blockIdx.x];
   work.load(targets, all, strip.target);
   const Target& target = work.target;
-  const Term* const terms = work.terms;
-  const Ups<1> ups = ups_of<DTYPE, 1>(room);
-  Reader<DTYPE, 1, STAGES<DTYPE>> reader(target, terms, strip, shared);
-  Place<1> place(strip.row_tile);
-  if (PRODUCTS) copy_ups(ups, target, terms, place);
-  reader.begin();
-  for (u32 tile = 0; tile < strip.count; tile++) {
-    place.move_to(strip.column_tile + tile);
-    Sum total;
-    clear(total);
-    if (PRODUCTS) sum_products(total, reader, ups, target, terms, place, strip.column_tile + tile);
-    const Stored<DTYPE> (*eights)[THREADS] = reader.ring.tiles[tile % STAGES<DTYPE>];
-    bool waited = PRODUCTS;
-    for (u32 i = target.products; i < target.count; i++) {
-#pragma unroll
-      for (int n = 0; n < 4; n += AT_ONCE) {
-        Plain<AT_ONCE> plain;
-        plain.load(n, target, terms[i], place);
-        if (!waited) reader.next();
-        waited = true;
-        plain.template add<DTYPE>(total, n, eights, target, terms[i]);
-        asm volatile("" ::: "memory");
-      }
-    }
-    // Without terms the weight is copied.
-    if (!waited) reader.next();
-#pragma unroll
-    for (int n = 0; n < 4; n++) {
-      write_eight<DTYPE>(eights[n][threadIdx.x], total, 1.0f, n / 2, n % 2, target, place.row_of(n), place.column_of(n));
-    }
+  Tiles<DTYPE, Lines, 2> tiles(shared, target, strip);
+  Lines place(strip);
+#pragma unroll 1
+  for (u32 tile = strip.column_tile; tile < strip.column_tile + strip.count; tile++) {
+    place.move_to(tile);
+    Sum total[1];
+    clear(total[0]);
+    finish_tile<4, DTYPE>(total, tiles, target, work.terms, place);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* targets, const Term* all, const Strip* strips) {
+template <u32 DTYPE>
+__device__ __forceinline__ void merge_full(const Target* targets, const Term* all, const Strip* strips, u32 room) {
+  using Copied = Tiles<DTYPE, Place<1>, 1>;
+  using Factors = ::Factors<3, 1, 1>;
+  __shared__ Work work;
+  const Strip strip = strips[blockIdx.x];
+  if (threadIdx.x == 0) Factors::init(strip);
+  work.load(targets, all, strip.target);
+  const Target& target = work.target;
+  Copied tiles(shared, target, strip);
+  Aside aside = {reinterpret_cast<float4(*)[THREADS]>(shared + Copied::BYTES / 16)};
+  Factors factors(Copied::BYTES + sizeof(Sum) * THREADS, room, target, work.terms, strip);
+  Place<1> place(strip);
+  factors.wait();
+#pragma unroll 1
+  for (u32 tile = strip.column_tile; tile < strip.column_tile + strip.count; tile++) {
+    place.move_to(tile);
+    Sum total[1];
+    clear(total[0]);
+    sum_products(total[0], factors.reader, aside, target, work.terms, place);
+    finish_tile<2, DTYPE>(total, tiles, target, work.terms, place);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* targets, const Term* all, const Strip* strips, u32) {
   __shared__ float sums[32][THREADS];
+  __shared__ float4 aside[8][THREADS];
   __shared__ Work work;
   const Strip strip = strips[blockIdx.x];
   work.load(targets, all, strip.target);
@@ -193,8 +342,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* ta
     {
       Sum total;
       clear(total);
-      Direct direct;
-      sum_products(total, direct, Ups<1>(nullptr, 0), target, terms, place, tile);
+      Direct direct(terms);
+      sum_products(total, direct, Aside{aside}, target, terms, place);
       parked.park(total);
     }
     add_single(parked, target, terms, place, [&](u32 n, u32 i) {
@@ -212,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* ta
         codes[i] = in ? code(row, column + i) : 0;
         delta[i] = in ? parked.at(n, i) : 0.0f;
       }
-      finish<true>(target.dtype, codes, delta, target, terms, row, column);
+      finish(target.dtype, codes, delta, target, terms, row, column);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         if (column + i >= target.columns) break;
@@ -225,19 +374,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* ta
   }
 }
 
-#define MERGE_AS(name, blocks, body)                                                                              \
-  extern "C" __global__ void __launch_bounds__(THREADS, blocks) merge_##name(const Target* targets, const Term* terms, \
-                                                                             const Strip* strips, u32 room) {     \
-    body(targets, terms, strips, room);                                                                           \
+#define MERGE_AS(name, threads, blocks, body)                                                                          \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) merge_##name(const Target* targets, const Term* terms, \
+                                                                             const Strip* strips, u32 room) {          \
+    body(targets, terms, strips, room);                                                                                \
   }
-// The number is how many blocks' registers a multiprocessor shall have room for.
-#define MERGE(name, dtype)                              \
-  MERGE_AS(name, 3, merge_products<dtype>)                 \
-  MERGE_AS(name##_plain, 4, (merge_full<dtype, false>))    \
-  MERGE_AS(name##_full, 3, (merge_full<dtype, true>))
+// Registers for 16 warps on a multiprocessor.
+#define MERGE_PRODUCTS(name, dtype, across) MERGE_AS(name, across * THREADS, 4 / across, (merge_products<dtype, across>))
+#define MERGE_OTHERS(name, dtype)                        \
+  MERGE_AS(name##_plain, THREADS, 4, merge_plain<dtype>) \
+  MERGE_AS(name##_full, THREADS, 4, merge_full<dtype>)
 
-MERGE(f32, F32)
-MERGE(f16, F16)
-MERGE(bf16, BF16)
-MERGE(e4m3, E4M3)
-MERGE(e5m2, E5M2)
+MERGE_PRODUCTS(32, F32, 2)
+MERGE_PRODUCTS(16, LATE16, 2)
+MERGE_PRODUCTS(e4m3, E4M3, 1)
+MERGE_PRODUCTS(e5m2, E5M2, 1)
+MERGE_OTHERS(32, F32)
+MERGE_OTHERS(16, LATE16)
+MERGE_OTHERS(8, LATE8)

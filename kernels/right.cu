@@ -1,10 +1,11 @@
 // T = W @ a1 for each tap of a kernel, the part of GLoRA that reads the weight: W + T @ a2 is then a low-rank merge.
 //
 // W [rows, channels * taps], column = channel * taps + tap; a1 [channels, rank], packed by pack.cu's RIGHT layout. T goes out as UP fragments in
-// FORMAT_SPLIT of the matrix [rows, taps * R], R the rank rounded up to 16: T's rank tap * R + k. Its partner is a2 in DOWN fragments with as many taps.
+// FORMAT_SPLIT of the matrix [rows, taps * R], R the rank rounded up to 16: rank tap * R + k. Its partner is a2 in DOWN fragments with as many taps.
 //
-// Products on tensor cores, W as the left operand: one bf16 number where it is one (bf16, 8 bits), the exact sum of two (fp16) or three (fp32) otherwise;
-// a1 one or three. The products' ranks, here channels, are in such an order that a lane's eight are neighbours in W: 16 bytes of a 16-bit weight.
+// Products on tensor cores, W as the left operand: one bf16 number where it is one (bf16, 8 bits), otherwise the exact sum of two (fp16) or three
+// (fp32; what bf16 rounds to infinity becomes NaN); a1 is one or three. The ranks of these products, here channels, are in such an order that a lane's
+// eight are neighbours in W: 16 bytes of a 16-bit weight.
 //
 // Grid: one block of 128 threads per tile: so many rows of one job, 32 ranks; tiles = {job, row tile * ceil(R / 32) + ranks / 32}.
 //   plain                128 rows; a warp has 32 of them and copies its own part of W ahead through shared memory
@@ -107,38 +108,23 @@ struct Fragments {
   }
 };
 
-#if __CUDA_ARCH__ >= 800
-__device__ __forceinline__ void multiply(float (&d)[4], const uint4& a, u32 b0, u32 b1) { mma<false>(d, a, b0, b1); }
-#else
-// An emulated product is long: once in the code, not a thousand times.
-__device__ __noinline__ float4 emulated(float4 sum, uint4 a, u32 b0, u32 b1) {
-  float d[4] = {sum.x, sum.y, sum.z, sum.w};
-  mma<false>(d, a, b0, b1);
-  return make_float4(d[0], d[1], d[2], d[3]);
-}
-
-__device__ __forceinline__ void multiply(float (&d)[4], const uint4& a, u32 b0, u32 b1) {
-  const float4 sum = emulated(make_float4(d[0], d[1], d[2], d[3]), a, b0, b1);
-  d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
-}
-#endif
-
 template <int L, int R>
 __device__ __forceinline__ void add_product(Part& sum, const Left<L>& left, const Fragments<R>& right) {
+  // Tensor cores round towards zero: hundreds of steps in one sum would add up to a bias. Each group is rounded to nearest into it instead.
+  Part part = {};
+  // Small products first. What is left out is below 2^-24 of the whole.
 #pragma unroll
-  for (int s = 0; s < 2; s++) {
-    // Small products first. What is left out is below 2^-24 of the whole.
+  for (int order = L + R - 2 < 2 ? L + R - 2 : 2; order >= 0; order--) {
 #pragma unroll
-    for (int order = L + R - 2 < 2 ? L + R - 2 : 2; order >= 0; order--) {
-#pragma unroll
-      for (int p = 0; p < L; p++) {
-        const int q = order - p;
-        if (q < 0 || q >= R) continue;
-        multiply(sum[0], left.step[s][p], right.step[s][q].x, right.step[s][q].z);
-        multiply(sum[1], left.step[s][p], right.step[s][q].y, right.step[s][q].w);
-      }
+    for (int i = 0; i < 2 * L; i++) {
+      const int s = i % 2, p = i / 2, q = order - p;
+      if (q < 0 || q >= R) continue;
+      mma<false>(part[0], left.step[s][p], right.step[s][q].x, right.step[s][q].z);
+      mma<false>(part[1], left.step[s][p], right.step[s][q].y, right.step[s][q].w);
     }
   }
+#pragma unroll
+  for (int i = 0; i < 8; i++) sum[i / 4][i % 4] += part[i / 4][i % 4];
 }
 
 // A warp's blocks of T, 16 rows and 16 ranks of one tap each, parked so that one piece of code writes them all.
@@ -174,42 +160,43 @@ constexpr u32 RING = 32768;  // bytes of shared memory
 
 template <u32 DTYPE, int R>
 __device__ __forceinline__ void right_plain(const Right& job, u8* shared, u32 row_tile, u32 first_rank) {
-  constexpr u32 BLOCKS = 2;
-  using Tile = Stored<DTYPE>[2 * BLOCKS][THREADS];
-  constexpr int STAGES = RING / sizeof(Tile), AHEAD = STAGES - 1;
+  // A stage has 128 bytes of a row: DRAM is slow at less.
+  constexpr u32 BLOCKS = 2, GROUPS = 4 / SIZE<DTYPE>;
+  using Tile = Stored<DTYPE>[GROUPS][2 * BLOCKS][THREADS];
+  static_assert(2 * sizeof(Tile) == RING, "");
   Tile* tiles = reinterpret_cast<Tile*>(shared);
   const u32 lane = threadIdx.x & 31, row_block = (row_tile * (THREADS / 32) + threadIdx.x / 32) * BLOCKS;
   const u32 first_row = row_block * 16 + lane / 4 - job.shift, column = lane % 4 * 8;
   const u8* base = static_cast<const u8*>(job.base);
   const u32 groups = (job.channels + GROUP - 1) / GROUP;
-  const auto copy = [&](u32 group) {
-    if (group < groups) {
+  const auto copy = [&](u32 first) {
 #pragma unroll
-      for (int n = 0; n < 2 * BLOCKS; n++) {
-        const u32 row = first_row + n * 8, at = group * GROUP + column;
-        const bool there = row < job.rows && at < job.channels;
-        const u8* from = there ? base + (row * job.base_row + at) * SIZE<DTYPE> : base;
-        u8* to = reinterpret_cast<u8*>(&tiles[group % STAGES][n][threadIdx.x]);
-        if constexpr (SIZE<DTYPE> == 1) copy_or_clear<8>(to, from, there);
-        else
+    for (u32 i = 0; i < GROUPS * 2 * BLOCKS; i++) {
+      const u32 g = i % GROUPS, n = i / GROUPS, row = first_row + n * 8, at = (first + g) * GROUP + column;
+      if (first + g >= groups) continue;
+      const bool there = row < job.rows && at < job.channels;
+      const u8* from = there ? base + (row * job.base_row + at) * SIZE<DTYPE> : base;
+      u8* to = reinterpret_cast<u8*>(&tiles[first / GROUPS % 2][g][n][threadIdx.x]);
+      if constexpr (SIZE<DTYPE> == 1) copy_or_clear<8>(to, from, there);
+      else
 #pragma unroll
-          for (int i = 0; i < SIZE<DTYPE> / 2; i++) copy_or_clear<16>(to + 16 * i, from + 16 * i, there);
-      }
+        for (int k = 0; k < SIZE<DTYPE> / 2; k++) copy_or_clear<16>(to + 16 * k, from + 16 * k, there);
     }
     commit_copies();
   };
   Part sums[BLOCKS][RANK_BLOCKS] = {};
-  for (u32 i = 0; i < AHEAD; i++) copy(i);
+  copy(0);
+#pragma unroll 1
   for (u32 group = 0; group < groups; group++) {
-    copy(group + AHEAD);
+    if (group % GROUPS == 0) copy(group + GROUPS);
     Fragments<R> right[RANK_BLOCKS];
 #pragma unroll
     for (u32 k = 0; k < RANK_BLOCKS; k++) {
       // Beyond the last rank block: the first again, for nothing.
       right[k].load(job, first_rank + k < job.ranks ? first_rank + k : first_rank, group);
     }
-    wait_for_copies<AHEAD>();
-    const Stored<DTYPE> (*eights)[THREADS] = tiles[group % STAGES];
+    wait_for_copies<1>();
+    const Stored<DTYPE> (*eights)[THREADS] = tiles[group / GROUPS % 2][group % GROUPS];
 #pragma unroll
     for (u32 n = 0; n < BLOCKS; n++) {
       Left<LEFT<DTYPE>> left;

@@ -1,21 +1,20 @@
 // Norms for DoRA: V = W + sum of the inner terms, f = magnitude / |V| per row (axis 0) or per input channel (axis 1).
 //
-//   squares_DTYPE  products of any kind and plain terms, on what merge_DTYPE_full takes
-//   squares_any    any terms but SCALE and REPLACE, on any weight
-//   gains          f of every row or column, from the sums
+//   squares_DTYPE        products of any kind and plain terms, on what merge_DTYPE_full takes
+//   squares_DTYPE_plain  no products
+//   squares_any          any terms but SCALE and REPLACE, on any weight
+//   gains                f of every row or column, from the sums
 //
-// squares: one block of 128 threads per strip of 64 x 64 tiles; a lane's elements are those of tile.cuh, taken one group of 32 columns after the other,
-// so that registers are left for four blocks. W passes through shared memory once, copied ahead; a lane reads only what it copied, so on axis 0 no warp
-// waits for another. target.out points at the sums, in fp32, one per tile and line: [column tile][row] on axis 0, [row tile][column] on axis 1. Each
-// is written once: no atomics, the same bits from run to run.
+// squares: one block of 128 threads per strip of 64 x 64 tiles, a lane's elements as in tile.cuh. W passes through shared memory once, copied ahead; a
+// lane reads only what it copied itself, so on axis 0 no warp waits for another. Factors are read from L2 and L1.
+// target.out points at the sums, in fp32, one per tile and line: [column tile][row] on axis 0, [row tile][column] on axis 1. Each is written once:
+// no atomics, the same bits from run to run.
 // Bytes: each element of W read; of factors rank * (rows / 64 + columns) numbers a row of tiles; 4 written per 64 elements.
+//
+// Squares are summed in fp32: weights that are below 1e-19 or above 1e18 throughout are beyond it.
 //
 // gains: blocks of 256 threads, grid (any, norms). A block takes 32 magnitudes, a lane one of them, each of eight warps every eighth tile.
 #include "tile.cuh"
-
-// Tiles on the way and the one in use: 16 to 32 KB, enough of W in flight with four blocks.
-template <u32 DTYPE>
-constexpr int STAGES = SIZE<DTYPE> == 4 ? 2 : SIZE<DTYPE> == 2 ? 3 : 4;
 
 // A lane's sums in a group of columns, as products leave them: [product][d], element 2 * product + d % 2 of the upper (d < 2) or lower row.
 typedef float Group[4][4];
@@ -31,9 +30,69 @@ struct Spot {
   }
 };
 
+// block += up @ down of one rank block and half a group: products 2 * half and 2 * half + 1. Small products first; what is left out is below 2^-24
+// of the whole.
+template <bool HALF, int PARTS>
+__device__ __forceinline__ void add_block(float (&block)[2][4], const uint4 (&left)[PARTS], const uint4 (&right)[PARTS]) {
+#pragma unroll
+  for (int order = PARTS - 1; order >= 0; order--) {
+#pragma unroll
+    for (int p = 0; p <= order; p++) {
+      mma<HALF>(block[0], left[p], right[order - p].x, right[order - p].y);
+      mma<HALF>(block[1], left[p], right[order - p].z, right[order - p].w);
+    }
+  }
+}
+
+// Tensor cores round towards zero, which would make every norm too small, the more so the more often a sum passes through them: every block once, and
+// it is rounded to nearest into the sum.
+__device__ __forceinline__ void add_rounded(Group& sum, int half, float coefficient, const float (&block)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    float& to = sum[2 * half + i / 4][i % 4];
+    to = fmaf(coefficient, block[i / 4][i % 4], to);
+  }
+}
+
+// total += coefficient * up @ down, in two groups, the second `other` uint4s behind the first. As many loads as there are registers for are issued
+// before the first is needed.
+template <bool HALF, int PARTS>
+__device__ __forceinline__ void add_whole(Group (&total)[2], const uint4* up, const uint4* down, u32 other, u32 ranks, float coefficient) {
+  constexpr u32 STEP = PARTS == 1 ? 2 : 1;
+#pragma unroll 1
+  for (u32 left_over = ranks; left_over;) {
+    uint4 left[STEP][PARTS], right[STEP][4][PARTS];  // [group * 2 + half]
+    // After an odd number the last again, at 0: a branch would keep its loads back.
+    const u32 next = left_over > 1 ? 1 : 0;
+#pragma unroll
+    for (u32 k = 0; k < STEP; k++) {
+#pragma unroll
+      for (int p = 0; p < PARTS; p++) {
+        left[k][p] = __ldg(up + (k * next * PARTS + p) * 32);
+#pragma unroll
+        for (int i = 0; i < 4; i++) right[k][i][p] = __ldg(down + i / 2 * other + (k * next * PARTS + p) * 64 + i % 2 * 32);
+      }
+    }
+#pragma unroll
+    for (u32 k = 0; k < STEP; k++) {
+      const float factor = k && !next ? 0.0f : coefficient;
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float block[2][4] = {};
+        add_block<HALF, PARTS>(block, left[k], right[k][i]);
+        add_rounded(total[i / 2], i % 2, factor, block);
+      }
+    }
+    up += STEP * PARTS * 32;
+    down += STEP * PARTS * 64;
+    left_over -= min(STEP, left_over);
+  }
+}
+
+// sum += up @ down, in one group.
 template <bool HALF, int PARTS>
 __device__ __forceinline__ void add_pair(Group& sum, const uint4* up, const uint4* down, u32 ranks) {
-#pragma unroll(PARTS == 1 ? 2 : 1)
+#pragma unroll 1
   for (u32 k = 0; k < ranks; k++) {
     uint4 left[PARTS], right[2][PARTS];
 #pragma unroll
@@ -42,52 +101,83 @@ __device__ __forceinline__ void add_pair(Group& sum, const uint4* up, const uint
       right[0][p] = __ldg(down + (k * PARTS + p) * 64);
       right[1][p] = __ldg(down + (k * PARTS + p) * 64 + 32);
     }
-    // Small products first. What is left out is below 2^-24 of the whole.
 #pragma unroll
-    for (int order = PARTS - 1; order >= 0; order--) {
-#pragma unroll
-      for (int p = 0; p <= order; p++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          mma<HALF>(sum[2 * half], left[p], right[half][order - p].x, right[half][order - p].y);
-          mma<HALF>(sum[2 * half + 1], left[p], right[half][order - p].z, right[half][order - p].w);
-        }
-      }
+    for (int half = 0; half < 2; half++) {
+      float block[2][4] = {};
+      add_block<HALF, PARTS>(block, left, right[half]);
+      add_rounded(sum, half, 1.0f, block);
     }
   }
 }
 
-// total += the target's products. `row_block` and `group` are the warp's in the weight, in units of 16 rows and 32 columns.
-__device__ __forceinline__ void add_products(Group& total, const Target& target, const Term* terms, const Spot& spot, u32 row_block, u32 group) {
+// Where a lane's fragments of a factor begin: of 16 rows, of 32 columns.
+__device__ __forceinline__ const uint4* up_of(const void* up, u32 format, u32 ranks, u32 block) {
+  return static_cast<const uint4*>(up) + u64(block) * ranks * parts_of(format) * 32 + (threadIdx.x & 31);
+}
+
+__device__ __forceinline__ const uint4* down_of(const void* down, u32 format, u32 ranks, u32 group) {
+  return static_cast<const uint4*>(down) + u64(group) * ranks * parts_of(format) * 64 + (threadIdx.x & 31);
+}
+
+// total += a product of any kind and region, in one group. `row_block` and `group` are the warp's in the weight, in units of 16 rows and 32
+// columns.
+__device__ __forceinline__ void add_product(Group& total, float (*parked)[THREADS], const Term& term, const Spot& spot, u32 row_block,
+                                            u32 group) {
+  const u32 own_block = row_block - term.row / 16, own_group = group - term.column / 32;
+  if (own_block >= row_blocks(term) || own_group >= (term.column % 32 + term.columns + 31) / 32) return;
+  Group product;
+#pragma unroll 1
+  for (u32 second = 0;; second = 1) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) product[i / 4][i % 4] = 0.0f;
+    const u32 format = second ? term.format2 : term.format, ranks = second ? term.ranks2 : term.ranks;
+    const uint4* up = up_of(second ? term.a2 : term.a, format, ranks, own_block);
+    const uint4* down = down_of(second ? term.b2 : term.b, format, ranks, own_group);
+    if (format == FORMAT_SPLIT) add_pair<false, 3>(product, up, down, ranks);
+    else if (format == FORMAT_F16) add_pair<true, 1>(product, up, down, ranks);
+    else add_pair<false, 1>(product, up, down, ranks);
+    if (term.kind != HADAMARD || second) break;
+    // The first pair's, in shared memory: registers.
+#pragma unroll
+    for (int i = 0; i < 16; i++) parked[i][threadIdx.x] = product[i / 4][i % 4];
+  }
+  // Outside the region a product is zero, but for what is not finite in the factors.
+  const bool upper = spot.row - term.row < term.rows, lower = spot.row + 8 - term.row < term.rows;
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    const bool in = (i / 2 % 2 ? lower : upper) && spot.column + i / 4 * 2 + i % 2 - term.column < term.columns;
+    const float factor = term.coefficient * (term.kind == HADAMARD ? parked[i][threadIdx.x] : 1.0f);
+    if (in) total[i / 4][i % 4] = fmaf(factor, product[i / 4][i % 4], total[i / 4][i % 4]);
+  }
+}
+
+// total += the target's products, in a tile's two groups.
+__device__ __forceinline__ void add_products(Group (&total)[2], float (*parked)[THREADS], const Target& target, const Term* terms,
+                                             const Place<1>& place) {
 #pragma unroll 1
   for (u32 n = 0; n < target.products; n++) {
     const Term& term = terms[n];
-    const u32 own_block = row_block - term.row / 16, own_group = group - term.column / 32;
-    if (own_block >= row_blocks(term) || own_group >= (term.column % 32 + term.columns + 31) / 32) continue;
-    Group product, first;
+    if (term.kind == LOW_RANK && term.rows == target.rows && term.columns == target.columns) {
+      if (place.row_block * 16 >= target.rows) continue;
+      // A last tile may have only one group: taken twice, and nobody looks at the other.
+      const u32 other = (place.group + 1) * 32 < target.columns ? term.ranks * parts_of(term.format) * 64 : 0;
+      const uint4* up = up_of(term.a, term.format, term.ranks, place.row_block);
+      const uint4* down = down_of(term.b, term.format, term.ranks, place.group);
+      if (term.format == FORMAT_SPLIT) add_whole<false, 3>(total, up, down, other, term.ranks, term.coefficient);
+      else if (term.format == FORMAT_F16) add_whole<true, 1>(total, up, down, other, term.ranks, term.coefficient);
+      else add_whole<false, 1>(total, up, down, other, term.ranks, term.coefficient);
+      continue;
+    }
+    // The groups take turns as the first: one piece of code, and registers are not indexed late.
 #pragma unroll 1
-    for (u32 second = 0;; second = 1) {
+    for (u32 group = 0; group < 2; group++) {
+      add_product(total[0], parked, term, Spot(target, place.row, place.column + group * 32), place.row_block, place.group + group);
 #pragma unroll
       for (int i = 0; i < 16; i++) {
-        first[i / 4][i % 4] = product[i / 4][i % 4];
-        product[i / 4][i % 4] = 0.0f;
+        const float sum = total[0][i / 4][i % 4];
+        total[0][i / 4][i % 4] = total[1][i / 4][i % 4];
+        total[1][i / 4][i % 4] = sum;
       }
-      const u32 format = second ? term.format2 : term.format, ranks = second ? term.ranks2 : term.ranks;
-      const u32 fragments = ranks * parts_of(format);
-      const uint4* up = static_cast<const uint4*>(second ? term.a2 : term.a) + u64(own_block) * fragments * 32 + (threadIdx.x & 31);
-      const uint4* down = static_cast<const uint4*>(second ? term.b2 : term.b) + u64(own_group) * fragments * 64 + (threadIdx.x & 31);
-      if (format == FORMAT_SPLIT) add_pair<false, 3>(product, up, down, ranks);
-      else if (format == FORMAT_F16) add_pair<true, 1>(product, up, down, ranks);
-      else add_pair<false, 1>(product, up, down, ranks);
-      if (term.kind != HADAMARD || second) break;
-    }
-    // Outside the region a product is zero, but for what is not finite in the factors.
-    const bool upper = spot.row - term.row < term.rows, lower = spot.row + 8 - term.row < term.rows;
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-      const bool in = (i / 2 % 2 ? lower : upper) && spot.column + i / 4 * 2 + i % 2 - term.column < term.columns;
-      const float factor = term.coefficient * (term.kind == HADAMARD ? first[i / 4][i % 4] : 1.0f);
-      if (in) total[i / 4][i % 4] = fmaf(factor, product[i / 4][i % 4], total[i / 4][i % 4]);
     }
   }
 }
@@ -128,7 +218,7 @@ __device__ __forceinline__ void add_plain(Group& total, const Target& target, co
 
 // Where the squares go.
 struct Sums {
-  float upper = 0.0f, lower = 0.0f;           // of the lane's rows in a tile
+  float upper = 0.0f, lower = 0.0f;         // of the lane's rows in a tile
   float (*columns)[THREADS / 32][COLUMNS];  // [2]: so that one barrier a tile is enough
   const Target& target;
 
@@ -185,10 +275,14 @@ struct Sums {
   }
 };
 
-template <u32 DTYPE>
+// Tiles on the way and the one in use: four blocks with products, eight without, have enough of W in flight.
+template <u32 DTYPE, bool PRODUCTS>
+constexpr int STAGES = SIZE<DTYPE> == 1 ? 4 : SIZE<DTYPE> == 2 && PRODUCTS ? 3 : 2;
+
+template <u32 DTYPE, bool PRODUCTS>
 __device__ __forceinline__ void squares(const Target* targets, const Term* all, const Strip* strips) {
-  constexpr int AHEAD = STAGES<DTYPE> - 1;
-  __shared__ Stored<DTYPE> tiles[STAGES<DTYPE>][4][THREADS];
+  constexpr int COUNT = STAGES<DTYPE, PRODUCTS>, AHEAD = COUNT - 1;
+  __shared__ Stored<DTYPE> tiles[COUNT][4][THREADS];
   __shared__ float columns[2][THREADS / 32][COLUMNS];
   __shared__ Work work;
   const Strip strip = strips[blockIdx.x];
@@ -200,21 +294,28 @@ __device__ __forceinline__ void squares(const Target* targets, const Term* all, 
   const auto copy = [&](u32 tile) {
     if (tile < strip.count) {
       place.move_to(strip.column_tile + tile);
-      copy_tile<DTYPE>(tiles[tile % STAGES<DTYPE>], target, place);
+      copy_tile<DTYPE>(tiles[tile % COUNT], target, place);
     }
     commit_copies();
   };
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) copy(i);
+#pragma unroll 1
   for (u32 tile = 0; tile < strip.count; tile++) {
     copy(tile + AHEAD);
     place.move_to(strip.column_tile + tile);
-    const Stored<DTYPE> (*eights)[THREADS] = tiles[tile % STAGES<DTYPE>];
-#pragma unroll 1
+    Group products[2] = {};
+    if constexpr (PRODUCTS) {
+      __shared__ float parked[16][THREADS];
+      add_products(products, parked, target, terms, place);
+    }
+    const Stored<DTYPE> (*eights)[THREADS] = tiles[tile % COUNT];
+#pragma unroll(PRODUCTS ? 2 : 1)
     for (u32 group = 0; group < 2; group++) {
       const Spot spot(target, place.row, place.column + group * 32);
-      Group v = {};
-      add_products(v, target, terms, spot, place.row_block, place.group + group);
+      Group v;
+#pragma unroll
+      for (int i = 0; i < 16; i++) v[i / 4][i % 4] = PRODUCTS ? products[group][i / 4][i % 4] : 0.0f;
       for (u32 n = target.products; n < target.count; n++) add_plain(v, target, terms[n], spot);
       if (group == 0) wait_for_copies<AHEAD>();
       const bool in = spot.column < target.columns;
@@ -247,7 +348,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) squares_any(const Targe
     for (u32 group = 0; group < 2; group++) {
       const Spot spot(target, place.row, place.column + group * 32);
       Group v = {};
-      add_products(v, target, terms, spot, place.row_block, place.group + group);
+#pragma unroll 1
+      for (u32 n = 0; n < target.products; n++) add_product(v, parked, terms[n], spot, place.row_block, place.group + group);
 #pragma unroll
       for (int i = 0; i < 16; i++) parked[i][threadIdx.x] = v[i / 4][i % 4];
 #pragma unroll 1
@@ -311,10 +413,14 @@ extern "C" __global__ void __launch_bounds__(256) gains(const Norm* norms) {
   }
 }
 
-#define SQUARES(name, dtype)                                                                                               \
-  extern "C" __global__ void __launch_bounds__(THREADS, 4) squares_##name(const Target* targets, const Term* terms, const Strip* strips) { \
-    squares<dtype>(targets, terms, strips);                                                                                \
+#define SQUARES_AS(name, blocks, body)                                                                                                        \
+  extern "C" __global__ void __launch_bounds__(THREADS, blocks) squares_##name(const Target* targets, const Term* terms, const Strip* strips) { \
+    body(targets, terms, strips);                                                                                                             \
   }
+// The number is how many blocks' registers a multiprocessor shall have room for.
+#define SQUARES(name, dtype)                       \
+  SQUARES_AS(name, 4, (squares<dtype, true>))      \
+  SQUARES_AS(name##_plain, 8, (squares<dtype, false>))
 
 SQUARES(f32, F32)
 SQUARES(f16, F16)

@@ -1,8 +1,8 @@
 // Tiles of a weight and the sum of terms on them.
 //
-// A block of four warps takes tiles of 4 * BLOCKS * 16 rows and 64 columns, a warp BLOCKS blocks of 16 rows and two groups of 32 columns. In each block
-// and group lane (g, t) holds rows g and g + 8 and the eight columns from t * 8: as they lie in memory, 16 bytes of a 16-bit weight, and as products
-// of fragments leave them (pack.cu). These eights are numbered block * 4 + group * 2 + half.
+// Four warps take a tile of 4 * BLOCKS * 16 rows and 64 columns, a warp BLOCKS blocks of 16 rows and two groups of 32 columns. In each block and group
+// lane (g, t) holds rows g and g + 8 and the eight columns from t * 8: as they lie in memory, 16 bytes of a 16-bit weight, and as products of fragments
+// leave them (pack.cu). These eights are numbered block * 4 + group * 2 + half.
 #pragma once
 #include "common.cuh"
 
@@ -12,26 +12,58 @@ constexpr u32 COLUMNS = 64;
 // [group][product][d]: element 2 * product + d % 2 of the eight in half d / 2.
 typedef float Sum[2][4][4];
 
-template <u32 BLOCKS>
+// Where a lane's eights are. ACROSS: so many tiles side by side, four warps each.
+template <u32 BLOCKS, u32 ACROSS = 1>
 struct Place {
+  static constexpr u32 EIGHTS = 4 * BLOCKS, ALL_THREADS = THREADS * ACROSS;
+  static constexpr bool EVEN = true;
   u32 lane, row, column;  // the lane's first row and column in the weight
   u32 row_block, group;   // the warp's first, in units of 16 rows and 32 columns
 
   __device__ __forceinline__ explicit Place(u32 row_tile) {
     lane = threadIdx.x & 31;
-    row_block = (row_tile * (THREADS / 32) + threadIdx.x / 32) * BLOCKS;
+    row_block = (row_tile * 4 + threadIdx.x / 32 % 4) * BLOCKS;
     row = row_block * 16 + lane / 4;
   }
+  __device__ __forceinline__ explicit Place(const Strip& strip) : Place(strip.row_tile) {}
   __device__ __forceinline__ void move_to(u32 column_tile) {
-    group = column_tile * (COLUMNS / 32);
+    group = (column_tile + (ACROSS > 1 ? threadIdx.x / THREADS : 0)) * (COLUMNS / 32);
     column = group * 32 + lane % 4 * 8;
   }
   __device__ __forceinline__ u32 row_of(u32 eight) const { return row + eight / 4 * 16 + eight % 2 * 8; }
   __device__ __forceinline__ u32 column_of(u32 eight) const { return column + eight / 2 % 2 * 32; }
+  __device__ __forceinline__ u64 offset_of(u32, u64 pitch) const { return row * pitch + column; }
+};
+
+// A strip's 64 rows row by row, for what needs no products: neighbouring lanes have neighbouring eights, so that memory is read in long runs. One step
+// is as much as a tile.
+struct Lines {
+  static constexpr u32 EIGHTS = 4, ALL_THREADS = THREADS;
+  static constexpr bool EVEN = false;
+  u32 first_row, first_column, first_tile, width, inverse;
+  u32 rows[EIGHTS], columns[EIGHTS];
+
+  // A strip has at most 16 tiles: 2^13 eights, of which a row has at most 2^7, so that a division is this product.
+  __device__ __forceinline__ explicit Lines(const Strip& strip)
+      : first_row(strip.row_tile * 64), first_column(strip.column_tile * COLUMNS), first_tile(strip.column_tile), width(strip.count * 8), inverse((1u << 21) / width + 1) {}
+  __device__ __forceinline__ void move_to(u32 column_tile) {
+#pragma unroll
+    for (u32 n = 0; n < EIGHTS; n++) {
+      const u32 at = ((column_tile - first_tile) * EIGHTS + n) * THREADS + threadIdx.x, line = at * inverse >> 21;
+      rows[n] = first_row + line;
+      columns[n] = first_column + (at - line * width) * 8;
+    }
+  }
+  __device__ __forceinline__ u32 row_of(u32 eight) const { return rows[eight]; }
+  __device__ __forceinline__ u32 column_of(u32 eight) const { return columns[eight]; }
+  __device__ __forceinline__ u64 offset_of(u32 eight, u64 pitch) const { return rows[eight] * pitch + columns[eight]; }
 };
 
 template <u32 DTYPE>
-constexpr int SIZE = DTYPE == F32 ? 4 : DTYPE == F16 || DTYPE == BF16 ? 2 : 1;
+constexpr int SIZE = DTYPE == F32 ? 4 : DTYPE == F16 || DTYPE == BF16 || DTYPE == LATE16 ? 2 : 1;
+
+template <u32 DTYPE>
+__device__ __forceinline__ u32 dtype_of(const Target& target) { return DTYPE == LATE16 || DTYPE == LATE8 ? target.dtype : DTYPE; }
 
 // Eight stored elements that lie together, at a multiple of their size.
 template <u32 DTYPE>
@@ -49,6 +81,24 @@ struct alignas(SIZE<DTYPE> == 1 ? 8 : 16) Stored {
     else return decode(DTYPE, code(i));
   }
 
+  // All eight; `dtype` is what it is where that is not known early.
+  __device__ __forceinline__ void values(float (&to)[8], u32 dtype = DTYPE) const {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      if constexpr (SIZE<DTYPE> == 4) {
+        to[i] = bits_to_float(raw[i]), to[i + 1] = bits_to_float(raw[i + 1]);
+      } else if constexpr (SIZE<DTYPE> == 2) {
+        const u32 pair = raw[i / 2];
+        if (dtype == BF16) to[i] = bits_to_float(pair << 16), to[i + 1] = bits_to_float(pair & 0xffff0000);
+        else to[i] = half_to_float(u16(pair)), to[i + 1] = half_to_float(u16(pair >> 16));
+      } else {
+        const u32 pair = raw[i / 4] >> 8 * (i % 4);
+        if (dtype == E4M3) read_e4m3_pair(pair, to[i], to[i + 1]);
+        else to[i] = Eight<2>::read(pair & 0xff), to[i + 1] = Eight<2>::read(pair >> 8 & 0xff);
+      }
+    }
+  }
+
   __device__ __forceinline__ void set(const u32 (&codes)[8]) {
 #pragma unroll
     for (int i = 0; i < 2 * SIZE<DTYPE>; i++) {
@@ -58,13 +108,14 @@ struct alignas(SIZE<DTYPE> == 1 ? 8 : 16) Stored {
     }
   }
 
+  // What is written is not read again soon.
   __device__ __forceinline__ void store(void* to) const {
     if constexpr (SIZE<DTYPE> == 1) {
-      *static_cast<uint2*>(to) = make_uint2(raw[0], raw[1]);
+      __stcs(static_cast<uint2*>(to), make_uint2(raw[0], raw[1]));
     } else {
 #pragma unroll
       for (int i = 0; i < SIZE<DTYPE> / 2; i++) {
-        static_cast<uint4*>(to)[i] = make_uint4(raw[4 * i], raw[4 * i + 1], raw[4 * i + 2], raw[4 * i + 3]);
+        __stcs(static_cast<uint4*>(to) + i, make_uint4(raw[4 * i], raw[4 * i + 1], raw[4 * i + 2], raw[4 * i + 3]));
       }
     }
   }
@@ -72,12 +123,13 @@ struct alignas(SIZE<DTYPE> == 1 ? 8 : 16) Stored {
 
 // ---- the weight, on its way through shared memory
 
+// What lies beside it will be wanted next: 256 bytes go to L2 at once.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   const u32 at = static_cast<u32>(__cvta_generic_to_shared(to));
-  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global.L2::256B [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
 #else
   if constexpr (BYTES == 16) *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
   else *static_cast<uint2*>(to) = *static_cast<const uint2*>(from);
@@ -98,55 +150,42 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
-// Enqueues the lane's part of a tile of the weight, whose columns lie side by side in multiples of eight and whose rows begin at 16 bytes (8 of 8-bit
-// ones). Every lane reads only what it copied itself. What lies outside the weight stays what it was.
-template <u32 DTYPE, u32 BLOCKS>
-__device__ __forceinline__ void copy_tile(Stored<DTYPE> (*eights)[THREADS], const Target& target, const Place<BLOCKS>& place) {
-  const u8* base = static_cast<const u8*>(target.base);
+// Calls `visit(n, address)` for each of the lane's eights that lies in the weight and before column `until`. Rows are `pitch` elements apart.
+template <int BYTES, class Place, class Visit>
+__device__ __forceinline__ void for_eights(const Place& place, const void* matrix, u64 pitch, u32 rows, u32 until, Visit visit) {
+  u8* at = const_cast<u8*>(static_cast<const u8*>(matrix));
+  if constexpr (Place::EVEN) {
+    at += place.offset_of(0, pitch) * BYTES;
+    const u64 step = pitch * (8 * BYTES);
+    const bool left = place.column < until, right = place.column + 32 < until;
 #pragma unroll
-  for (int n = 0; n < 4 * BLOCKS; n++) {
-    const u32 row = place.row_of(n), column = place.column_of(n);
-    if (row >= target.rows || column >= target.columns) continue;
-    const u8* from = base + (row * target.base_row + column) * SIZE<DTYPE>;
+    for (u32 r = 0; r < Place::EIGHTS / 2; r++) {
+      const u32 n = r / 2 * 4 + r % 2;
+      const bool in = place.row + 8 * r < rows;
+      if (in && left) visit(n, at);
+      if (in && right) visit(n + 2, at + 32 * BYTES);
+      at += step;
+    }
+  } else {
+#pragma unroll
+    for (u32 n = 0; n < Place::EIGHTS; n++) {
+      if (place.row_of(n) < rows && place.column_of(n) < until) visit(n, at + place.offset_of(n, pitch) * BYTES);
+    }
+  }
+}
+
+// Enqueues the lane's part of a tile of the weight, whose columns lie side by side in multiples of eight and whose rows begin at 16 bytes (8 of 8-bit
+// ones), up to column `until`. Every lane reads only what it copied itself. What lies outside the weight stays what it was.
+template <u32 DTYPE, class Place, u32 ALL>
+__device__ __forceinline__ void copy_tile(Stored<DTYPE> (*eights)[ALL], const Target& target, const Place& place, u32 until = ~0u) {
+  for_eights<SIZE<DTYPE>>(place, target.base, target.base_row, target.rows, min(target.columns, until), [&](u32 n, const u8* from) {
     u8* to = reinterpret_cast<u8*>(&eights[n][threadIdx.x]);
     if constexpr (SIZE<DTYPE> == 1) copy_async<8>(to, from);
     else
 #pragma unroll
       for (int i = 0; i < SIZE<DTYPE> / 2; i++) copy_async<16>(to + 16 * i, from + 16 * i);
-  }
+  });
 }
-
-// The up factors of a warp's rows, kept in shared memory for the length of a strip as far as there is room; the others are read where they are.
-// A lane reads only what it copied itself.
-template <u32 BLOCKS>
-struct Ups {
-  uint4* kept;   // the warp's, [fragment][lane]
-  u32 room;      // in fragments
-  u32 used;
-
-  __device__ __forceinline__ Ups(void* shared, u32 fragments_per_warp) {
-    kept = static_cast<uint4*>(shared) + threadIdx.x / 32 * fragments_per_warp * 32 + (threadIdx.x & 31);
-    room = fragments_per_warp;
-    used = 0;
-  }
-
-  // Where the fragments of `up` are, or shall be copied to: [block][rank][part][lane].
-  __device__ __forceinline__ const uint4* place(const void* up, u32 fragments, u32 row_block) {
-    const u32 need = BLOCKS * fragments;
-    if (used + need > room) return static_cast<const uint4*>(up) + u64(row_block) * fragments * 32 + (threadIdx.x & 31);
-    used += need;
-    return kept + (used - need) * 32;
-  }
-
-  // `blocks` is how many the factor has.
-  __device__ __forceinline__ void copy(const void* up, u32 fragments, u32 row_block, u32 blocks) {
-    if (used + BLOCKS * fragments > room) return;
-    const uint4* from = static_cast<const uint4*>(up) + u64(row_block) * fragments * 32 + (threadIdx.x & 31);
-    const u32 count = (row_block >= blocks ? 0 : blocks - row_block < BLOCKS ? blocks - row_block : BLOCKS) * fragments;
-    for (u32 i = 0; i < count; i++) copy_async<16>(kept + (used + i) * 32, from + i * 32);
-    used += BLOCKS * fragments;
-  }
-};
 
 __device__ __forceinline__ u32 parts_of(u32 format) { return format == FORMAT_SPLIT ? 3 : 1; }
 
@@ -161,7 +200,7 @@ struct Work {
 
   __device__ __forceinline__ void load(const Target* targets, const Term* all, u32 index) {
     const auto copy = [](void* to, const void* from, u32 bytes) {
-      for (u32 i = threadIdx.x; i < bytes / 4; i += THREADS) static_cast<u32*>(to)[i] = static_cast<const u32*>(from)[i];
+      for (u32 i = threadIdx.x; i < bytes / 4; i += blockDim.x) static_cast<u32*>(to)[i] = static_cast<const u32*>(from)[i];
     };
     const Target& from = targets[index];
     const u32 first = from.first, count = from.count;
@@ -179,7 +218,8 @@ __device__ __forceinline__ void clear(Sum& sum) {
   for (int i = 0; i < 32; i++) sum[i / 16][i / 4 % 4][i % 4] = 0.0f;
 }
 
-// products[block] += up @ down over one rank block. `up` are the warp's fragments, blocks `up_step` apart, `down` those of two groups, parts `step` apart.
+// products[block] += up @ down over one rank block, in fp32: tensor cores cut off what they add to a larger number, which many steps would add up to a
+// bias, so that the products of parts are rounded into the sum once. `up` are the warp's fragments, blocks `up_step` apart, `down` those of two groups, parts `step` apart.
 template <bool HALF, int PARTS, u32 BLOCKS>
 __device__ __forceinline__ void add_product(Sum (&products)[BLOCKS], const uint4* up, u32 up_step, const uint4* const (&down)[2], u32 step) {
   uint4 left[BLOCKS][PARTS];
@@ -192,154 +232,103 @@ __device__ __forceinline__ void add_product(Sum (&products)[BLOCKS], const uint4
   for (int i = 0; i < 2; i++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      uint4 right[PARTS];
-#pragma unroll
-      for (int p = 0; p < PARTS; p++) right[p] = down[i][p * step + half * 32];
+      float own[BLOCKS][2][4] = {};
       // Small products first. What is left out is below 2^-24 of the whole.
 #pragma unroll
-      for (int order = PARTS - 1; order >= 0; order--) {
+      for (int q = PARTS - 1; q >= 0; q--) {
+        const uint4 right = down[i][q * step + half * 32];
 #pragma unroll
-        for (int p = 0; p <= order; p++) {
+        for (int p = PARTS - 1 - q; p >= 0; p--) {
 #pragma unroll
           for (int n = 0; n < BLOCKS; n++) {
-            mma<HALF>(products[n][i][2 * half], left[n][p], right[order - p].x, right[order - p].y);
-            mma<HALF>(products[n][i][2 * half + 1], left[n][p], right[order - p].z, right[order - p].w);
+            float(&low)[4] = PARTS == 1 ? products[n][i][2 * half] : own[n][0];
+            float(&high)[4] = PARTS == 1 ? products[n][i][2 * half + 1] : own[n][1];
+            mma<HALF>(low, left[n][p], right.x, right.y);
+            mma<HALF>(high, left[n][p], right.z, right.w);
           }
+        }
+      }
+      if constexpr (PARTS > 1) {
+#pragma unroll
+        for (int n = 0; n < BLOCKS; n++) {
+#pragma unroll
+          for (int e = 0; e < 8; e++) products[n][i][2 * half + e / 4][e % 4] += own[n][e / 4][e % 4];
         }
       }
     }
   }
 }
 
-// Which groups of the term's down factor a tile needs; fragments are aligned with the weight, so a region may begin within its first group. A tile with
-// only one takes it twice; `any` is false without.
-struct Groups {
-  u32 group[2];
-  bool any;
+// A term that is a product, as its fragments are looked up tile by tile. Those are aligned with the weight: blocks of 16 rows and groups of 32 columns.
+struct Product {
+  struct Pair {
+    const uint4 *up, *down;  // of the weight's first block and group, wherever the factor begins
+    u32 format, ranks;
+    u32 fragments;  // of a block, or half a group
+    u32 unused;
+  } pairs[2];
+  u32 first_block, blocks, first_group, groups;
+  float coefficient, carry;
+  u32 count;  // of pairs
+  u32 unused;
 
-  __device__ __forceinline__ Groups(const Term& term, u32 column_tile) {
-    const u32 count = (term.column % 32 + term.columns + 31) / 32;
-    const u32 own[2] = {column_tile * 2 - term.column / 32, column_tile * 2 + 1 - term.column / 32};
-    any = own[0] < count || own[1] < count;
-    group[0] = own[0] < count ? own[0] : own[1];
-    group[1] = own[1] < count ? own[1] : own[0];
-  }
-};
-
-// What a strip's tiles need, copied ahead into a ring in shared memory, in the order of use: a stage holds one or two rank blocks of a down factor, for
-// all warps, and with a tile's first one comes the tile itself. A tile without products has one stage all the same.
-template <u32 DTYPE, u32 BLOCKS, int STAGES>
-struct Ring {
-  using Tiles = Stored<DTYPE>[4 * BLOCKS][THREADS];
-  static constexpr u32 DOWN = 3 * THREADS;  // uint4s of a stage: three parts of a rank block, or two rank blocks
-
-  const Target& target;
-  const Term* terms;
-  Strip strip;
-  Place<BLOCKS> place;
-  Tiles* tiles;
-  uint4* downs;
-  // What is copied next: tile, term, whether the second pair, the first rank block.
-  u32 tile = 0, tile_stage = 0, term, rank = 0, stage = 0;
-  bool second = false;
-
-  __device__ __forceinline__ Ring(const Target& target, const Term* terms, const Strip& strip, void* shared)
-      : target(target), terms(terms), strip(strip), place(strip.row_tile), tiles(static_cast<Tiles*>(shared)) {
-    downs = reinterpret_cast<uint4*>(tiles + STAGES);
-    term = 0;
-  }
-
-  __device__ __forceinline__ void copy_next() {
-    if (tile < strip.count) {
-      if (rank == 0 && !second && term == 0) {
-        place.move_to(strip.column_tile + tile);
-        copy_tile<DTYPE, BLOCKS>(tiles[tile_stage], target, place);
-      }
-      bool last = true;
-      if (term < target.products) {
-        const Term& t = terms[term];
-        const u32 parts = parts_of(second ? t.format2 : t.format), ranks = second ? t.ranks2 : t.ranks;
-        const Groups groups(t, strip.column_tile + tile);
-        const uint4* from = static_cast<const uint4*>(second ? t.b2 : t.b) + threadIdx.x % 64;
-        from += (groups.group[threadIdx.x / 64] * ranks + rank) * parts * u64(64);
-        uint4* to = downs + stage * DOWN + threadIdx.x;
-        const u32 until = min(rank + (parts == 1 ? 2 : 1), ranks), count = (until - rank) * parts;
-        if (groups.any) {
+  __device__ __forceinline__ void set(const Term& term) {
+    first_block = term.row / 16;
+    blocks = row_blocks(term);
+    first_group = term.column / 32;
+    groups = (term.column % 32 + term.columns + 31) / 32;
+    coefficient = term.coefficient;
+    carry = term.carry;
+    count = term.kind == HADAMARD ? 2 : 1;
 #pragma unroll
-          for (u32 i = 0; i < 3; i++) {
-            if (i < count) copy_async<16>(to + i * THREADS, from + i * 64);
-          }
-        }
-        rank = until;
-        if (rank == ranks) {
-          rank = 0;
-          second = t.kind == HADAMARD && !second;
-          if (!second) term++;
-        }
-        last = rank == 0 && !second && term == target.products;
-      }
-      if (last) {
-        tile++;
-        tile_stage = tile_stage + 1 == STAGES ? 0 : tile_stage + 1;
-        term = 0;
-      }
-    }
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
-    commit_copies();
-  }
-};
-
-// The consumer's side: the stage in use.
-template <u32 DTYPE, u32 BLOCKS, int STAGES>
-struct Reader {
-  Ring<DTYPE, BLOCKS, STAGES> ring;
-  u32 stage = 0;
-
-  __device__ __forceinline__ Reader(const Target& target, const Term* terms, const Strip& strip, void* shared) : ring(target, terms, strip, shared) {}
-
-  __device__ __forceinline__ void begin() {
-#pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) ring.copy_next();
-  }
-
-  // The next stage's down fragments, of the calling warp's lane.
-  __device__ __forceinline__ const uint4* next() {
-    wait_for_copies<STAGES - 2>();
-    // All warps have this stage now, and are done with the one before it, which is filled anew.
-    __syncthreads();
-    ring.copy_next();
-    const uint4* down = ring.downs + stage * ring.DOWN + (threadIdx.x & 31);
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
-    return down;
-  }
-
-  // products += up @ down, over all stages of one pair.
-  template <bool HALF, int PARTS>
-  __device__ __forceinline__ void add_pair(Sum (&products)[BLOCKS], const uint4* up, const void*, u32 ranks, const Groups&, bool any) {
-    constexpr u32 STEP = PARTS == 1 ? 2 : 1;
-    for (u32 k = 0; k < ranks; k += STEP) {
-      const uint4* first = next();
-      if (!any) continue;
-#pragma unroll
-      for (u32 i = 0; i < STEP; i++) {
-        if (k + i >= ranks) break;
-        const uint4* const down[2] = {first + i * THREADS, first + i * THREADS + 64};
-        add_product<HALF, PARTS>(products, up + (k + i) * PARTS * 32, ranks * PARTS * 32, down, THREADS);
-      }
+    for (u32 n = 0; n < 2; n++) {
+      Pair& pair = pairs[n];
+      pair.format = n ? term.format2 : term.format;
+      pair.ranks = n ? term.ranks2 : term.ranks;
+      pair.fragments = pair.ranks * parts_of(pair.format);
+      pair.up = static_cast<const uint4*>(n ? term.a2 : term.a) - u64(first_block) * pair.fragments * 32;
+      pair.down = static_cast<const uint4*>(n ? term.b2 : term.b) - u64(first_group) * pair.fragments * 64;
     }
   }
+
+  __device__ __forceinline__ bool has_group(u32 group) const { return group - first_group < groups; }
+  // Either group of a tile.
+  __device__ __forceinline__ bool touches(u32 column_tile) const { return column_tile * 2 + 1 - first_group < groups + 1; }
+  __device__ __forceinline__ bool has_block(u32 block) const { return block - first_block < blocks; }
 };
 
-// Without a ring: factors are read where they are.
+// The up fragments of a block of rows, of the calling lane.
+__device__ __forceinline__ const uint4* up_of(const Product::Pair& pair, u32 row_block) {
+  return pair.up + u64(row_block) * pair.fragments * 32 + (threadIdx.x & 31);
+}
+
+// Products without a ring: factors are read where they are.
 struct Direct {
-  template <bool HALF, int PARTS>
-  __device__ __forceinline__ void add_pair(Sum (&products)[1], const uint4* up, const void* down, u32 ranks, const Groups& at, bool any) {
-    if (!any) return;
-    const uint4* from = static_cast<const uint4*>(down) + (threadIdx.x & 31);
+  const Term* terms;
+  Product product;
+
+  __device__ __forceinline__ explicit Direct(const Term* terms) : terms(terms) {}
+
+  __device__ __forceinline__ const Product& get(u32 i) {
+    product.set(terms[i]);
+    return product;
+  }
+
+  // Nothing is copied for several tiles at once.
+  __device__ __forceinline__ bool touches(const Product&, u32) const { return true; }
+
+  // products += up @ down, by a warp, if `mine`. `up_step`: between blocks of rows.
+  template <bool HALF, int PARTS, u32 BLOCKS>
+  __device__ __forceinline__ void add_pair(Sum (&products)[BLOCKS], const uint4* up, u32 up_step, const Product& product, const Product::Pair& pair, u32 group, bool mine) {
+    if (!mine) return;
+    const uint4* from = pair.down + (threadIdx.x & 31);
+    // A tile with only one group takes it twice.
+    const u32 own[2] = {product.has_group(group) ? group : group + 1, product.has_group(group + 1) ? group + 1 : group};
+    const u32 ranks = pair.ranks;
 #pragma unroll 1
     for (u32 k = 0; k < ranks; k++) {
-      const uint4* const groups[2] = {from + (u64(at.group[0]) * ranks + k) * PARTS * 64, from + (u64(at.group[1]) * ranks + k) * PARTS * 64};
-      add_product<HALF, PARTS>(products, up + k * PARTS * 32, ranks * PARTS * 32, groups, 64);
+      const uint4* const groups[2] = {from + (u64(own[0]) * ranks + k) * PARTS * 64, from + (u64(own[1]) * ranks + k) * PARTS * 64};
+      add_product<HALF, PARTS>(products, up + k * PARTS * 32, up_step, groups, 64);
     }
   }
 };
@@ -355,20 +344,19 @@ __device__ __forceinline__ float gain_at(const Term& term, u32 row, u32 column) 
 
 // total += coefficient * gain * product, inside the region: outside it a product is zero, but for what is not finite in the factors.
 __device__ __forceinline__ void add_scaled(Sum& total, const Sum& product, const Target& target, const Term& term, const Place<1>& place) {
-  const float coefficient = term.coefficient;
-  if (!term.gain && term.rows == target.rows && term.columns == target.columns) {
-#pragma unroll
-    for (int i = 0; i < 32; i++) {
-      float& sum = total[i / 16][i / 4 % 4][i % 4];
-      sum = fmaf(coefficient, product[i / 16][i / 4 % 4][i % 4], sum);
-    }
-    return;
-  }
   const bool upper = place.row - term.row < term.rows, lower = place.row + 8 - term.row < term.rows;
-  float rows[2] = {coefficient, coefficient};
+  float rows[2] = {term.coefficient, term.coefficient};
   if (term.gain && term.gain_axis == 0) {
     rows[0] *= upper ? __ldg(term.gain + place.row - term.row) : 0.0f;
     rows[1] *= lower ? __ldg(term.gain + place.row + 8 - term.row) : 0.0f;
+  }
+  if (term.rows == target.rows && term.columns == target.columns && !(term.gain && term.gain_axis == 1)) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+      float& sum = total[i / 16][i / 4 % 4][i % 4];
+      sum = fmaf(rows[i / 2 % 2], product[i / 16][i / 4 % 4][i % 4], sum);
+    }
+    return;
   }
 #pragma unroll
   for (int i = 0; i < 16; i++) {
@@ -382,41 +370,45 @@ __device__ __forceinline__ void add_scaled(Sum& total, const Sum& product, const
   }
 }
 
-// Copies the up factors of the target's products, as far as there is room.
-template <u32 BLOCKS>
-__device__ __forceinline__ void copy_ups(Ups<BLOCKS> ups, const Target& target, const Term* terms, const Place<BLOCKS>& place) {
-  for (u32 i = 0; i < target.products; i++) {
-    const Term& term = terms[i];
-    const u32 row_block = place.row_block - term.row / 16;
-    ups.copy(term.a, term.ranks * parts_of(term.format), row_block, row_blocks(term));
-    if (term.kind == HADAMARD) ups.copy(term.a2, term.ranks2 * parts_of(term.format2), row_block, row_blocks(term));
+// Sums of lanes aside, 16 bytes each at a time.
+struct Aside {
+  float4 (*fours)[THREADS];  // [8]
+
+  __device__ __forceinline__ void put(const Sum& sum) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) fours[j][threadIdx.x] = make_float4(sum[j / 4][j % 4][0], sum[j / 4][j % 4][1], sum[j / 4][j % 4][2], sum[j / 4][j % 4][3]);
   }
-}
+  __device__ __forceinline__ void multiply(Sum& sum) const {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float4 four = fours[j][threadIdx.x];
+      float* to = sum[j / 4][j % 4];
+      to[0] *= four.x, to[1] *= four.y, to[2] *= four.z, to[3] *= four.w;
+    }
+  }
+};
 
 // total += the target's products on the warp's part of it.
 template <class Reader>
-__device__ __forceinline__ void sum_products(Sum& total, Reader& reader, Ups<1> ups, const Target& target, const Term* terms,
-                                             const Place<1>& place, u32 column_tile) {
-  const auto product_of = [&](Sum(&product)[1], const uint4* up, const void* down, u32 format, u32 ranks, const Groups& groups, bool any) {
-    clear(product[0]);
-    if (format == FORMAT_SPLIT) reader.template add_pair<false, 3>(product, up, down, ranks, groups, any);
-    else if (format == FORMAT_F16) reader.template add_pair<true, 1>(product, up, down, ranks, groups, any);
-    else reader.template add_pair<false, 1>(product, up, down, ranks, groups, any);
-  };
+__device__ __forceinline__ void sum_products(Sum& total, Reader& reader, Aside aside, const Target& target, const Term* terms, const Place<1>& place) {
+#pragma unroll 1
   for (u32 i = 0; i < target.products; i++) {
-    const Term& term = terms[i];
-    const u32 row_block = place.row_block - term.row / 16;
-    const Groups groups(term, column_tile);
-    const bool any = groups.any && row_block < row_blocks(term);
-    Sum product[1];
-    product_of(product, ups.place(term.a, term.ranks * parts_of(term.format), row_block), term.b, term.format, term.ranks, groups, any);
-    if (term.kind == HADAMARD) {
-      Sum other[1];
-      product_of(other, ups.place(term.a2, term.ranks2 * parts_of(term.format2), row_block), term.b2, term.format2, term.ranks2, groups, any);
-#pragma unroll
-      for (int j = 0; j < 32; j++) product[0][j / 16][j / 4 % 4][j % 4] *= other[0][j / 16][j / 4 % 4][j % 4];
+    const Product& product = reader.get(i);
+    if (!product.touches(place.group / 2)) continue;
+    const bool mine = product.has_block(place.row_block);
+    Sum sum[1];
+#pragma unroll 1
+    for (u32 n = 0; n < product.count; n++) {
+      const Product::Pair& pair = product.pairs[n];
+      const uint4* up = up_of(pair, place.row_block);
+      if (n > 0) aside.put(sum[0]);
+      clear(sum[0]);
+      if (pair.format == FORMAT_SPLIT) reader.template add_pair<false, 3>(sum, up, 0, product, pair, place.group, mine);
+      else if (pair.format == FORMAT_F16) reader.template add_pair<true, 1>(sum, up, 0, product, pair, place.group, mine);
+      else reader.template add_pair<false, 1>(sum, up, 0, product, pair, place.group, mine);
+      if (n > 0) aside.multiply(sum[0]);
     }
-    if (any) add_scaled(total, product[0], target, term, place);
+    if (mine) add_scaled(total, sum[0], target, terms[i], place);
   }
 }
 
@@ -428,7 +420,8 @@ struct Plain {
   uint4 low[COUNT], high[COUNT];  // fp32 ones need both
   float factor[COUNT];
 
-  __device__ __forceinline__ void load(int first, const Target& target, const Term& term, const Place<1>& place) {
+  template <class Place>
+  __device__ __forceinline__ void load(int first, const Target& target, const Term& term, const Place& place) {
     const u32 dtype = term.kind == KRON ? term.format2 : term.kind == DENSE ? term.format : u32(F32);
     const u8* from = static_cast<const u8*>(term.kind == KRON ? term.b : term.a);
 #pragma unroll
@@ -452,36 +445,36 @@ struct Plain {
     }
   }
 
-  template <class Value>
-  __device__ __forceinline__ void add_values(Sum& total, int first, float coefficient, Value value) const {
+  // total += the term. `eights` is the lane's part of the weight.
+  template <u32 DTYPE, u32 ALL>
+  __device__ __forceinline__ void add(Sum& total, int first, const Stored<DTYPE> (*eights)[ALL], const Target& target, const Term& term) const {
+    const bool scales = term.kind == SCALE_ROWS || term.kind == SCALE_COLUMNS;
+    const u32 dtype = term.kind == KRON ? term.format2 : term.kind == DENSE ? term.format : u32(F32);
+    const float coefficient = scales ? term.coefficient * target.scale : term.coefficient;
 #pragma unroll
     for (int n = 0; n < COUNT; n++) {
+      float values[8];
+      if (dtype == F32) {
+        const float4 a = reinterpret_cast<const float4&>(low[n]), b = reinterpret_cast<const float4&>(high[n]);
+        const float all[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = all[i];
+      } else if (dtype == BF16) {
+        reinterpret_cast<const Stored<BF16>&>(low[n]).values(values);
+      } else {
+        reinterpret_cast<const Stored<F16>&>(low[n]).values(values);
+      }
+      if (scales) {
+        float w[8];
+        eights[first + n][threadIdx.x].values(w, dtype_of<DTYPE>(target));
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = term.kind == SCALE_ROWS ? w[i] : w[i] * values[i];
+      }
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         float& sum = total[(first + n) / 2][i / 2][(first + n) % 2 * 2 + i % 2];
-        sum = fmaf(coefficient * factor[n], value(n, i), sum);
+        sum = fmaf(coefficient * factor[n], values[i], sum);
       }
-    }
-  }
-
-  // total += the term. `eights` is the lane's part of the weight.
-  template <u32 DTYPE>
-  __device__ __forceinline__ void add(Sum& total, int first, const Stored<DTYPE> (*eights)[THREADS], const Target& target, const Term& term) const {
-    const auto word = [&](int n, int i) {
-      const uint4& four = i < 4 ? low[n] : high[n];
-      return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
-    };
-    const u32 dtype = term.kind == KRON ? term.format2 : term.format;
-    if (term.kind == SCALE_ROWS) {
-      add_values(total, first, term.coefficient * target.scale, [&](int n, int i) { return eights[first + n][threadIdx.x].value(i); });
-    } else if (term.kind == SCALE_COLUMNS) {
-      add_values(total, first, term.coefficient * target.scale, [&](int n, int i) { return bits_to_float(word(n, i)) * eights[first + n][threadIdx.x].value(i); });
-    } else if (dtype == F32) {
-      add_values(total, first, term.coefficient, [&](int n, int i) { return bits_to_float(word(n, i)); });
-    } else if (dtype == BF16) {
-      add_values(total, first, term.coefficient, [&](int n, int i) { return bits_to_float(i % 2 ? word(n, i / 2) & 0xffff0000 : word(n, i / 2) << 16); });
-    } else {
-      add_values(total, first, term.coefficient, [&](int n, int i) { return half_to_float(u16(i % 2 ? word(n, i / 2) >> 16 : word(n, i / 2))); });
     }
   }
 };

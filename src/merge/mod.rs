@@ -60,7 +60,7 @@ pub fn merge_all(
         Ok(gpu) => {
             // libtorch turns on the GPU what the kernels would leave to the CPU.
             let (own, others): (Vec<Work<'_>>, Vec<Work<'_>>) =
-                jobs.iter().copied().partition(|job| cuda::has_kernels(job));
+                jobs.iter().copied().partition(|job| cuda::has_kernels(gpu, job));
             for (done, job) in others.iter().enumerate() {
                 between(done)?;
                 torch::merge(index, job.name, job.base, job.out, job.terms, &mut prepared.torch)?;

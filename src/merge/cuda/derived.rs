@@ -4,7 +4,8 @@ use super::factors::{Factors, Wanted};
 use super::launch::{strips, Variant};
 use super::lower::{resolve, Draft, Drafts};
 use super::tables::{self, Format, Layout, Row, Strip, Target};
-use super::{packed_region, reads_aligned};
+use super::turn::{self, Turn, Turns};
+use super::{packed_region, part, reads_aligned};
 use crate::cuda::{Arg, Buffer, Queue};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
@@ -27,7 +28,7 @@ enum What {
     Norm { axis: usize, magnitude: Wanted, inside: Vec<Draft> },
     /// GLoRA's W @ a1 as up fragments.
     Right { a1: Wanted, rank: usize, format: Format },
-    /// The whole delta, computed on the host: at strength 1, or at the given one, which it is not proportional to.
+    /// The whole delta in fp32, of a rotation or computed on the host: at strength 1, or at the given one, which it is not proportional to.
     Delta(Box<Op>, Option<f64>),
 }
 
@@ -63,7 +64,10 @@ impl Derived {
                 std::iter::once(magnitude.clone()).chain(inner).collect()
             }
             What::Right { a1, .. } => vec![a1.clone()],
-            What::Delta(..) => Vec::new(),
+            What::Delta(op, _) => match op.as_ref() {
+                Op::Rotate(op) => turn::wanted(op),
+                _ => Vec::new(),
+            },
         }
     }
 
@@ -105,6 +109,7 @@ impl Computed {
         factors: &Factors,
     ) -> Result<()> {
         let (mut norms, mut rights) = (Norms::default(), Rights::default());
+        let (mut turns, mut strengths) = (Turns::default(), Vec::new());
         for ((job, target), own) in jobs.iter().zip(targets).zip(drafts) {
             for derived in &own.derived {
                 let known = self.0.get(&derived.key(job));
@@ -113,7 +118,7 @@ impl Computed {
                     continue;
                 }
                 let float = Float::require(job.base.dtype(), job.name)?;
-                let part = part(target, derived, float);
+                let part = part(target, &derived.region, float);
                 let (results, memory) = match &derived.what {
                     What::Norm { axis, magnitude, inside } => {
                         let lines = if *axis == 0 { part.rows } else { part.columns } as usize;
@@ -156,6 +161,16 @@ impl Computed {
                         });
                         ([memory.ptr(), 0], memory)
                     }
+                    What::Delta(op, strength) if turns_here(queue, float, op) => {
+                        let Op::Rotate(op) = op.as_ref() else { continue };
+                        let memory = queue.alloc(4 * part.rows as usize * part.columns as usize)?;
+                        let delta = Some(memory.ptr());
+                        // What is added in fp32 is not rounded, so its place in the noise is of no matter.
+                        let turn = Turn { name: job.name, part, float, op, element: 0, pitch: 0, delta };
+                        turns.add(queue.gpu(), &turn, factors)?;
+                        strengths.push(strength.unwrap_or(1.0) as f32);
+                        ([memory.ptr(), 0], memory)
+                    }
                     What::Delta(op, strength) => {
                         let bytes = delta(queue, job, op, &derived.region, strength.unwrap_or(1.0))?;
                         let memory = queue.upload_new(&bytes)?;
@@ -167,28 +182,15 @@ impl Computed {
             }
         }
         norms.run(queue)?;
-        rights.run(queue)
+        rights.run(queue)?;
+        // SAFETY: the host's weights, which it keeps until the stream has passed here, and memory that is kept above.
+        unsafe { turns.run(queue, &strengths) }
     }
 }
 
-/// The region of a weight as a weight of its own.
-fn part(target: &Target, derived: &Derived, float: Float) -> Target {
-    let Region { rows, cols, .. } = &derived.region;
-    let side = |address: u64, columns: u64, row: u64| {
-        let skipped = if columns == 0 { cols.start as u64 } else { 0 };
-        address + (rows.start as u64 * row + skipped) * float.size() as u64
-    };
-    let base_columns = match target.base_columns {
-        0 => 0,
-        table => table + 4 * cols.start as u64,
-    };
-    Target {
-        base: side(target.base, target.base_columns, target.base_row),
-        base_columns,
-        rows: rows.len() as u32,
-        columns: cols.len() as u32,
-        ..*target
-    }
+/// Whether a delta is that of a rotation that has kernels.
+fn turns_here(queue: &Queue, float: Float, op: &Op) -> bool {
+    matches!(op, Op::Rotate(op) if turn::fits(queue.gpu(), float, op))
 }
 
 /// Norms to compute, by kernel.
@@ -223,8 +225,11 @@ impl Norms {
             .for_each(|(term, draft)| term.coefficient = draft.scale.unwrap_or(1.0) as f32);
         terms.sort_by_key(|term| !term.is_product());
         let products = terms.iter().filter(|t| t.is_product()).count() as u32;
-        let fast = Variant::of(&part, &terms, reads_aligned(&part, float)) != Variant::Any;
-        let kernel = if fast { format!("squares_{}", tables::name(float)) } else { "squares_any".into() };
+        let kernel = match Variant::of(&part, &terms, reads_aligned(&part, float)) {
+            Variant::Any => "squares_any".into(),
+            Variant::Plain => format!("squares_{}_plain", tables::name(float)),
+            Variant::Products | Variant::Full => format!("squares_{}", tables::name(float)),
+        };
         let index = self.targets.len();
         let (tiles, stride) = match axis {
             0 => (part.columns.div_ceil(64), part.rows),

@@ -3,14 +3,17 @@
 use super::tables::{Kind, Row, Strip, Target, Term};
 use crate::cuda::{Arg, Buffer, Gpu, Queue};
 use crate::dtype::Float;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
-/// Tiles of a strip at most: long enough that starting a block costs little, short enough that the last ones end together.
+/// Tiles of a strip at most: long enough that starting a block costs little, short enough that the last ones end together. The kernels without
+/// products rely on it.
 const STRIP: usize = 16;
 const COLUMNS: usize = 64;
-const THREADS: u32 = 128;
-/// Stages of `kernels/tile.cuh`'s ring.
-const STAGES: usize = 3;
+/// More products of one weight than that go one element at a time: `kernels/ring.cuh` keeps a table of them in shared memory.
+const MOST_PRODUCTS: usize = 256;
+const PRODUCT: usize = 96;
+/// Bytes of shared memory that a fragment of an up factor takes, for the four warps that have one in each tile.
+const FRAGMENT: usize = 4 * 512;
 
 /// The kernels of `kernels/merge.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -39,9 +42,10 @@ impl Variant {
             let low_rank = t.kind == Kind::LowRank as u32 && t.format != super::tables::Format::Split as u32;
             low_rank && t.gain == 0 && whole_blocks(t)
         };
-        if !aligned || !terms.iter().all(|t| t.is_product() || t.plain == 1) {
+        let products = terms.iter().filter(|t| t.is_product()).count();
+        if !aligned || products > MOST_PRODUCTS || !terms.iter().all(|t| t.is_product() || t.plain == 1) {
             Variant::Any
-        } else if !terms.iter().any(Term::is_product) {
+        } else if products == 0 {
             Variant::Plain
         } else if terms.iter().all(simple) {
             Variant::Products
@@ -50,33 +54,66 @@ impl Variant {
         }
     }
 
-    /// Blocks of 16 rows of a warp.
-    fn blocks(self, float: Float) -> usize {
-        if self == Variant::Products && float.size() <= 2 {
-            2
-        } else {
-            1
-        }
+    fn shape(self, float: Float) -> Shape {
+        let size = float.size();
+        let (kernel, threads, rows, blocks, tiles, ring) = match (self, float) {
+            (Variant::Products, Float::F32) => ("merge_32", 256, 64, 1, 32 << 10, 32 << 10),
+            (Variant::Products, Float::F16 | Float::BF16) => ("merge_16", 256, 128, 2, 32 << 10, 32 << 10),
+            (Variant::Products, Float::E4M3) => ("merge_e4m3", 128, 128, 2, 8 << 10, 16 << 10),
+            (Variant::Products, Float::E5M2) => ("merge_e5m2", 128, 128, 2, 8 << 10, 16 << 10),
+            (Variant::Full, _) => {
+                let kernel = ["merge_8_full", "merge_16_full", "merge_32_full"][size / 2];
+                (kernel, 128, 64, 1, size * (4 << 10) + (16 << 10), 24 << 10)
+            }
+            (Variant::Plain, _) => {
+                let kernel = ["merge_8_plain", "merge_16_plain", "merge_32_plain"][size / 2];
+                (kernel, 128, 64, 0, size * (8 << 10), 0)
+            }
+            (Variant::Any, _) => ("merge_any", 128, 64, 0, 0, 0),
+        };
+        Shape { kernel, threads, rows, blocks, tiles, ring }
     }
+}
 
-    fn kernel(self, float: Float) -> String {
-        let name = super::tables::name(float);
-        match self {
-            Variant::Products => format!("merge_{name}"),
-            Variant::Plain => format!("merge_{name}_plain"),
-            Variant::Full => format!("merge_{name}_full"),
-            Variant::Any => "merge_any".into(),
+/// A kernel, and what a block of it takes.
+#[derive(Clone, Copy)]
+struct Shape {
+    kernel: &'static str,
+    threads: u32,
+    /// Rows of a tile.
+    rows: usize,
+    /// Blocks of 16 rows of a warp, whose up factors it would like to keep in shared memory; 0: none.
+    blocks: usize,
+    /// Bytes of shared memory for the weight and sums aside; for factors on their way, where there are copies that run ahead.
+    tiles: usize,
+    ring: usize,
+}
+
+impl Shape {
+    /// Bytes of shared memory, and of how many fragments of up factors there is room in them.
+    fn shared(&self, gpu: &Gpu, products: usize, wanted: usize) -> (usize, usize) {
+        if self.ring == 0 || gpu.architecture() < 80 {
+            return (self.tiles, 0);
         }
+        let least = self.tiles + self.ring + products * PRODUCT;
+        // Of a multiprocessor's memory, 1 KiB more than a block can have, the driver takes 1 KiB per block; the kernels' own variables are smaller
+        // than this.
+        let (driver, own) = (1 << 10, 1536);
+        let alone = gpu.shared_memory().saturating_sub(own);
+        let in_pairs = ((gpu.shared_memory() + driver) / 2).saturating_sub(driver + own);
+        let most = if least <= in_pairs { in_pairs } else { alone };
+        let room = (most.saturating_sub(least) / FRAGMENT).min(wanted);
+        (least + room * FRAGMENT, room)
     }
 }
 
 /// Tiles of targets that one launch takes.
-pub(super) struct Launch {
-    variant: Variant,
-    float: Float,
+struct Launch {
+    shape: Shape,
     strips: Vec<Strip>,
-    /// Fragments of up factors that a warp would like to keep in shared memory.
-    room: usize,
+    /// The most products of a target, and fragments of up factors that a warp would like to keep in shared memory.
+    products: usize,
+    fragments: usize,
     on_device: Option<Buffer>,
 }
 
@@ -86,38 +123,23 @@ pub(super) struct Launches(Vec<Launch>);
 
 impl Launches {
     /// Adds a target; `terms` are its own.
-    pub fn add(
-        &mut self,
-        index: usize,
-        target: &Target,
-        float: Float,
-        terms: &[Term],
-        variant: Variant,
-    ) -> Result<()> {
-        let rows_per_tile = 64 * variant.blocks(float);
-        let launch = match self
-            .0
-            .iter_mut()
-            .position(|l| l.variant == variant && (l.float == float || variant == Variant::Any))
-        {
-            Some(at) => &mut self.0[at],
-            None => {
-                self.0.push(Launch { variant, float, strips: Vec::new(), room: 0, on_device: None });
-                self.0.last_mut().ok_or_else(|| Error::Backend("an empty list".into()))?
-            }
-        };
-        let fragments = |format: u32, ranks: u32| {
+    pub fn add(&mut self, index: usize, target: &Target, float: Float, terms: &[Term], variant: Variant) {
+        let shape = variant.shape(float);
+        let at = self.0.iter().position(|l| l.shape.kernel == shape.kernel).unwrap_or_else(|| {
+            self.0.push(Launch { shape, strips: Vec::new(), products: 0, fragments: 0, on_device: None });
+            self.0.len() - 1
+        });
+        let launch = &mut self.0[at];
+        let products = target.products as usize;
+        let pair = |format: u32, ranks: u32| {
             let parts = if format == super::tables::Format::Split as u32 { 3 } else { 1 };
             parts * ranks as usize
         };
-        let room: usize = terms
-            .iter()
-            .take(target.products as usize)
-            .map(|t| fragments(t.format, t.ranks) + fragments(t.format2, t.ranks2))
-            .sum();
-        launch.room = launch.room.max(room * variant.blocks(float));
-        launch.strips.extend(strips(index, target, rows_per_tile));
-        Ok(())
+        let fragments: usize =
+            terms.iter().take(products).map(|t| pair(t.format, t.ranks) + pair(t.format2, t.ranks2)).sum();
+        launch.products = launch.products.max(products);
+        launch.fragments = launch.fragments.max(fragments * shape.blocks);
+        launch.strips.extend(strips(index, target, shape.rows));
     }
 
     /// Enqueues everything.
@@ -126,49 +148,35 @@ impl Launches {
     /// The tables describe memory that lives until the stream has passed here.
     pub unsafe fn run(&mut self, queue: &Queue, targets: &Buffer, terms: &Buffer) -> Result<()> {
         for launch in &mut self.0 {
-            if launch.on_device.is_none() {
-                launch.on_device = Some(queue.upload_new(Row::bytes(&launch.strips))?);
-            }
-            let Some(strips) = &launch.on_device else { continue };
-            let kernel = launch.variant.kernel(launch.float);
-            let mut args = vec![Arg::from(targets), Arg::from(terms), Arg::from(strips)];
-            let mut shared = 0;
-            if launch.variant != Variant::Any {
-                let stages = STAGES
-                    * (4 * launch.variant.blocks(launch.float) * 128 * 8 * launch.float.size()
-                        + 3 * 128 * 16);
-                let room = launch.room.min(most(queue.gpu()).saturating_sub(stages) / FRAGMENT);
-                shared = stages + room * FRAGMENT;
-                args.push(Arg::from(room as u32));
-            }
+            let strips = match &launch.on_device {
+                Some(strips) => strips,
+                None => launch.on_device.insert(queue.upload_new(Row::bytes(&launch.strips))?),
+            };
+            let Shape { kernel, threads, .. } = launch.shape;
+            let (shared, room) = launch.shape.shared(queue.gpu(), launch.products, launch.fragments);
+            let args = [Arg::from(targets), Arg::from(terms), Arg::from(strips), Arg::from(room as u32)];
             let grid = [launch.strips.len() as u32, 1, 1];
             // SAFETY: the kernel's parameters in its order; the caller's promise for what the tables describe.
-            unsafe { queue.launch("merge", &kernel, grid, THREADS, shared, &args)? };
+            unsafe { queue.launch("merge", kernel, grid, threads, shared, &args)? };
         }
         Ok(())
     }
 }
 
-/// A weight in strips of tiles of so many rows and 64 columns.
+/// A weight in strips of tiles of so many rows and 64 columns. Those of a row of tiles are alike, of an even number but for the last one: two warps
+/// side by side take a tile each.
 pub(super) fn strips(index: usize, target: &Target, rows_per_tile: usize) -> impl Iterator<Item = Strip> {
     let tiles = (target.columns as usize).div_ceil(COLUMNS);
+    let each = tiles.div_ceil(tiles.div_ceil(STRIP).max(1)).next_multiple_of(2);
     let rows = (target.rows as usize).div_ceil(rows_per_tile);
     (0..rows).flat_map(move |row_tile| {
-        (0..tiles).step_by(STRIP).map(move |first| Strip {
+        (0..tiles).step_by(each.max(1)).map(move |first| Strip {
             target: index as u32,
             row_tile: row_tile as u32,
             column_tile: first as u32,
-            count: STRIP.min(tiles - first) as u32,
+            count: each.min(tiles - first) as u32,
         })
     })
-}
-
-/// Bytes of shared memory that a fragment of an up factor takes, for the four warps of a block.
-const FRAGMENT: usize = 4 * 512;
-
-/// Shared memory of a block at most: two of them shall fit on a multiprocessor where its memory allows.
-fn most(gpu: &Gpu) -> usize {
-    gpu.shared_memory().min(112 * 1024)
 }
 
 #[cfg(test)]

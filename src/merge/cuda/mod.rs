@@ -8,10 +8,9 @@ mod factors;
 mod launch;
 mod lower;
 mod tables;
+mod turn;
 
-#[cfg(feature = "torch")]
-use super::ops::Op;
-use super::ops::{self, Region, Rounding, Storage};
+use super::ops::{self, Op, Region, Rotate, Rounding, Storage};
 use super::Work;
 use crate::cuda::{Arg, Buffer, Gpu, Queue};
 use crate::dtype::{byte_len, Dtype, Float};
@@ -24,6 +23,7 @@ use lower::{Draft, Drafts};
 use std::borrow::Cow;
 use std::collections::HashMap;
 use tables::Row;
+use turn::{Turn, Turns};
 
 /// What stays on the device between merges of the same weights.
 #[derive(Default)]
@@ -43,22 +43,48 @@ struct Plan {
     /// By target: its rows, products first, with what makes their coefficients.
     rows: Vec<Vec<Placed>>,
     launches: Launches,
+    /// Rotations that write their weights themselves, of which target and term.
+    turns: Turns,
+    turned: Vec<(usize, usize)>,
     _columns: Vec<Buffer>,
 }
 
 /// Whether all of a job is done by kernels; libtorch is better at the rest, where it is there and knows the dtype.
 #[cfg(feature = "torch")]
-pub fn has_kernels(job: &Work<'_>) -> bool {
-    let eight_bits = Float::of(job.base.dtype()).is_some_and(Float::is_eight_bits);
-    eight_bits
-        || !job.terms.iter().any(|t| t.strength != 0.0 && matches!(t.op, Op::Rotate(_) | Op::Principal(_)))
+pub fn has_kernels(gpu: &Gpu, job: &Work<'_>) -> bool {
+    let Some(float) = Float::of(job.base.dtype()) else { return true };
+    let done = |op: &Op| match op {
+        Op::Rotate(op) => turn::fits(gpu, float, op),
+        Op::Principal(_) => false,
+        _ => true,
+    };
+    float.is_eight_bits() || job.terms.iter().all(|t| t.strength == 0.0 || done(t.op))
+}
+
+/// The rotations of a job and their terms, where there is nothing else to do and no two of them meet: their kernels write the weight, the others
+/// at most copy it before.
+fn rotations<'a>(gpu: &Gpu, job: &Work<'a>) -> Option<Vec<(&'a Rotate, usize, Region)>> {
+    let float = Float::of(job.base.dtype())?;
+    let mut found: Vec<(&Rotate, usize, Region)> = Vec::new();
+    for (i, term) in job.terms.iter().enumerate().filter(|(_, term)| term.strength != 0.0) {
+        let Op::Rotate(op) = term.op else { return None };
+        let region = Region::of(job.name, job.base.shape(), term.slice).ok()?;
+        let apart =
+            |a: &std::ops::Range<usize>, b: &std::ops::Range<usize>| a.end <= b.start || b.end <= a.start;
+        let alone = found.iter().all(|(.., r)| apart(&r.rows, &region.rows) || apart(&r.cols, &region.cols));
+        if !alone || !turn::fits(gpu, float, op) {
+            return None;
+        }
+        found.push((op, i, region));
+    }
+    (!found.is_empty()).then_some(found)
 }
 
 /// Merges all jobs. Enqueued on the queue's stream; nothing is waited for.
 pub fn merge(queue: &Queue, jobs: &[Work<'_>], kept: &mut Kept) -> Result<()> {
     let jobs: Vec<&Work<'_>> = jobs.iter().filter(|job| job.base.count() > 0).collect();
     jobs.iter().try_for_each(|job| check(queue.gpu(), job))?;
-    let signature = signature(&jobs);
+    let signature = signature(queue.gpu(), &jobs);
     let same = signature.is_some() && kept.plan.as_ref().map(|plan| &plan.signature) == signature.as_ref();
     if !same {
         kept.plan = None;
@@ -75,8 +101,14 @@ pub fn merge(queue: &Queue, jobs: &[Work<'_>], kept: &mut Kept) -> Result<()> {
         terms.extend(rows.iter().map(|(row, ..)| *row));
     }
     let terms = queue.upload_new(Row::bytes(&terms))?;
-    // SAFETY: targets and terms are the host's weights, which it keeps until the stream has passed here, and memory that `kept` holds.
-    unsafe { plan.launches.run(queue, &plan.on_device, &terms) }
+    let strength =
+        |&(job, term): &(usize, usize)| jobs[job].terms.get(term).map_or(0.0, |term| term.strength as f32);
+    let strengths: Vec<f32> = plan.turned.iter().map(strength).collect();
+    // SAFETY: the host's weights, which it keeps until the stream has passed here, and memory that `kept` holds.
+    unsafe {
+        plan.launches.run(queue, &plan.on_device, &terms)?;
+        plan.turns.run(queue, &strengths)
+    }
 }
 
 fn check(gpu: &Gpu, job: &Work<'_>) -> Result<()> {
@@ -104,7 +136,7 @@ fn check(gpu: &Gpu, job: &Work<'_>) -> Result<()> {
 }
 
 /// What a plan depends on; `None` when it cannot serve again.
-fn signature(jobs: &[&Work<'_>]) -> Option<Vec<u64>> {
+fn signature(gpu: &Gpu, jobs: &[&Work<'_>]) -> Option<Vec<u64>> {
     let mut signature = Vec::with_capacity(jobs.len() * 8);
     for job in jobs {
         let (seed, stochastic) = rounding(job.storage.rounding);
@@ -116,11 +148,12 @@ fn signature(jobs: &[&Work<'_>]) -> Option<Vec<u64>> {
             u64::from(stochastic),
             job.terms.len() as u64,
         ]);
+        let direct = rotations(gpu, job).is_some();
         for term in job.terms {
             // An op that is kept with its factors keeps its address.
             let slice = term.slice.map_or([2, 0, 0], |s| [s.axis as u64, s.start as u64, s.len as u64]);
             // What bends with its strength is part of the tables, so they do not serve another one.
-            let strength = match lower::bends(term.op) {
+            let strength = match lower::bends(term.op) && !direct {
                 true => term.strength.to_bits(),
                 false => u64::from(term.strength == 0.0),
             };
@@ -162,9 +195,14 @@ fn carry(rows: &mut [Placed]) {
 impl Plan {
     fn new(queue: &Queue, jobs: &[&Work<'_>], kept: &mut Kept, signature: Vec<u64>) -> Result<Self> {
         let mut drafts = Vec::with_capacity(jobs.len());
-        for job in jobs {
+        let direct: Vec<_> = jobs.iter().map(|job| rotations(queue.gpu(), job)).collect();
+        for (job, direct) in jobs.iter().zip(&direct) {
             let (rows, columns) = lower::matrix(job.base.shape());
             let mut own = Drafts::default();
+            if direct.is_some() {
+                drafts.push(own);
+                continue;
+            }
             for (i, term) in job.terms.iter().enumerate().filter(|(_, term)| term.strength != 0.0) {
                 let region = Region::of(job.name, job.base.shape(), term.slice)?;
                 let whole = region.rows == (0..rows) && region.cols == (0..columns);
@@ -173,7 +211,8 @@ impl Plan {
             own.rows.sort_by_key(|draft| !draft.row.is_product());
             drafts.push(own);
         }
-        let wanted: Vec<Wanted> = drafts.iter().flat_map(Drafts::wanted).collect();
+        let turning = direct.iter().flatten().flatten().flat_map(|(op, ..)| turn::wanted(op));
+        let wanted: Vec<Wanted> = drafts.iter().flat_map(Drafts::wanted).chain(turning).collect();
         kept.factors.load(queue, &wanted)?;
         let mut columns = Columns::default();
         let mut targets = Vec::with_capacity(jobs.len());
@@ -182,6 +221,7 @@ impl Plan {
         }
         kept.computed.compute(queue, jobs, &targets, &drafts, &kept.factors)?;
         let (mut rows, mut launches, mut first) = (Vec::new(), Launches::default(), 0);
+        let (mut turns, mut turned) = (Turns::default(), Vec::new());
         for (i, (job, own)) in jobs.iter().zip(&drafts).enumerate() {
             let address = |index: usize, which| kept.computed.address(job, &own.derived[index], which);
             let resolved = |draft: &Draft| {
@@ -194,12 +234,23 @@ impl Plan {
             target.products = terms.iter().filter(|t| t.is_product()).count() as u32;
             first += target.count;
             let float = Float::require(job.base.dtype(), job.name)?;
-            let variant = Variant::of(target, &terms, aligned(target, float));
-            launches.add(i, target, float, &terms, variant)?;
+            let mut covered = false;
+            for (op, term, region) in direct[i].iter().flatten() {
+                let (part, pitch) = (part(target, region, float), target.columns as usize);
+                covered |= part.rows == target.rows && part.columns == target.columns;
+                let element = (region.rows.start * pitch + region.cols.start) as u64;
+                let turn = Turn { name: job.name, part, float, op, element, pitch, delta: None };
+                turns.add(queue.gpu(), &turn, &kept.factors)?;
+                turned.push((i, *term));
+            }
+            if !covered {
+                let variant = Variant::of(target, &terms, aligned(target, float));
+                launches.add(i, target, float, &terms, variant);
+            }
             rows.push(own);
         }
         let on_device = queue.upload_new(Row::bytes(&targets))?;
-        Ok(Plan { signature, on_device, rows, launches, _columns: columns.memory })
+        Ok(Plan { signature, on_device, rows, launches, turns, turned, _columns: columns.memory })
     }
 }
 
@@ -223,6 +274,29 @@ fn target(queue: &Queue, job: &Work<'_>, columns: &mut Columns) -> Result<tables
         dtype: tables::dtype(float),
         ..Default::default()
     })
+}
+
+/// A region of a weight as a weight of its own.
+fn part(target: &tables::Target, region: &Region, float: Float) -> tables::Target {
+    let (rows, cols) = (region.rows.start as u64, region.cols.start as u64);
+    let side = |address: u64, columns: u64, row: u64| {
+        let skipped = if columns == 0 { cols } else { 0 };
+        (
+            address + (rows * row + skipped) * float.size() as u64,
+            if columns == 0 { 0 } else { columns + 4 * cols },
+        )
+    };
+    let (base, base_columns) = side(target.base, target.base_columns, target.base_row);
+    let (out, out_columns) = side(target.out, target.out_columns, target.out_row);
+    tables::Target {
+        base,
+        out,
+        base_columns,
+        out_columns,
+        rows: region.rows.len() as u32,
+        columns: region.cols.len() as u32,
+        ..*target
+    }
 }
 
 /// Whether the fast kernels can take a weight: eights of its columns lie together, at 16 bytes (8 where an element is one).

@@ -193,6 +193,60 @@ pub(super) struct Tile {
     pub tile: u32,
 }
 
+/// Blocks of one size at consecutive positions of a stage of a rotation.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Part {
+    pub blocks: u64,
+    pub order: u64,
+    pub first: u32,
+    pub count: u32,
+    pub size: u32,
+    pub stage: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Rotation {
+    pub base: u64,
+    pub out: u64,
+    pub base_columns: u64,
+    pub out_columns: u64,
+    pub base_row: u64,
+    pub out_row: u64,
+    pub parts: u64,
+    pub rescale: u64,
+    pub scratch: u64,
+    pub element: u64,
+    pub pitch: u32,
+    pub rows: u32,
+    pub columns: u32,
+    pub count: u32,
+    pub stages: u32,
+    pub scale: f32,
+    pub seed: u32,
+    pub stochastic: u32,
+    pub dtype: u32,
+    pub strength: f32,
+    pub interpolate: u32,
+    pub axis: u32,
+    pub delta: u32,
+    pub vectors: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct RotationTile {
+    pub rotation: u32,
+    pub first: u32,
+    pub count: u32,
+    pub from: u32,
+    pub width: u32,
+    pub step: u32,
+    pub resident: u32,
+    pub part: u32,
+}
+
 /// Tables of plain numbers, as bytes.
 ///
 /// # Safety
@@ -219,4 +273,6 @@ macro_rules! rows {
     )*};
 }
 
-rows!(Target: 88, Term: 104, Strip: 16, Factor: 72, Norm: 48, Right: 80, Tile: 8);
+rows!(
+    Target: 88, Term: 104, Strip: 16, Factor: 72, Norm: 48, Right: 80, Tile: 8, Part: 32, Rotation: 136, RotationTile: 32
+);
