@@ -77,8 +77,13 @@
 // Keep the pristine weights in host memory.
 #define LYCORE_BACKUP_HOST 1
 
-// Keep them on the device where there is room for them, else in host memory; lycore_stack_info says which and why.
+// Keep them on the device where there is room for them, else compactly, else in host memory; lycore_stack_info says which and why.
 #define LYCORE_BACKUP_AUTO 2
+
+// Keep no copies: fp16 and bf16 weights on a GPU are merged in place, and what rounding lost of them, a quarter of their size, is kept on their
+// device (more where an adapter changes them beyond recognition). lycore_stack_apply waits for the stream then. Weights that this cannot serve
+// (other dtypes, strides, adapters that read the weight) are copied to where there is room.
+#define LYCORE_BACKUP_COMPACT 3
 
 // Results are rounded to nearest even.
 #define LYCORE_ROUNDING_NEAREST 0
@@ -465,12 +470,14 @@ lycore_status lycore_adapter_prefix(const struct lycore_adapter *adapter,
 // Frees the handle. NULL is accepted; a second free returns LYCORE_BAD_HANDLE and does nothing. Stacks that use the adapter keep it.
 lycore_status lycore_adapter_free(struct lycore_adapter *adapter);
 
-// A new stack without weights and adapters. `backup` is LYCORE_BACKUP_DEVICE, LYCORE_BACKUP_HOST or
-// LYCORE_BACKUP_AUTO.
+// A new stack without weights and adapters. `backup` is LYCORE_BACKUP_DEVICE, LYCORE_BACKUP_HOST, LYCORE_BACKUP_AUTO or
+// LYCORE_BACKUP_COMPACT.
 //
 // # Safety
 // `out` may be written. `error` is NULL or may be written.
-lycore_status lycore_stack_new(int32_t backup, struct lycore_stack **out, struct lycore_error **error);
+lycore_status lycore_stack_new(int32_t backup,
+                               struct lycore_stack **out,
+                               struct lycore_error **error);
 
 // Registers a weight: fp32, fp16, bf16 or fp8 (see lycore_stack_set_scale), any strides, [out, in] or [out, in / groups, kernel..], under the host's own name (with or
 // without ".weight"); or a layer's bias [out], under a name that ends in ".bias"; or a norm's weight [channels]. All weights come before the first adapter. The memory must stay valid until the stack is freed; apply and restore
@@ -535,7 +542,7 @@ lycore_status lycore_stack_self_check(struct lycore_stack *stack,
                                       struct lycore_error **error);
 
 // What the stack holds and how it works, as JSON: {"device": "cuda:0", "executor": "kernels", "libtorch" or "cpu", "targets": n, "adapters": n,
-// "backup": null before the first apply, else {"mode": "device" or "host", "why": text, "weights": n, "bytes": n}, "self_check": bool}.
+// "backup": null before the first apply, else {"mode": "device", "host" or "compact", "why": text, "weights": n, "bytes": n}, "self_check": bool}.
 // `json` becomes a text that the caller frees with lycore_text_free.
 //
 // # Safety

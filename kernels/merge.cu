@@ -176,44 +176,6 @@ __device__ __forceinline__ void write_tile(const Stored<DTYPE> (*eights)[ALL], c
   else write(false);
 }
 
-// The tiles of the weight that a block's warps copy ahead, COUNT of them, each lane what it will use itself. ACROSS of them are one here.
-template <u32 DTYPE, class Place, u32 COUNT, u32 ACROSS = 1>
-struct Tiles {
-  using Tile = Stored<DTYPE>[Place::EIGHTS][Place::ALL_THREADS];
-  static constexpr u32 BYTES = COUNT * sizeof(Tile);
-  Tile* tiles;
-  Place place;
-  const Target& target;
-  u32 next, last;
-  u32 slot = 0;  // of the oldest tile
-
-  __device__ __forceinline__ Tiles(void* shared, const Target& target, const Strip& strip)
-      : tiles(static_cast<Tile*>(shared)), place(strip), target(target), next(strip.column_tile), last(strip.column_tile + strip.count) {
-#pragma unroll
-    for (u32 i = 0; i < COUNT; i++) copy_next();
-  }
-
-  // The column where the strip ends.
-  __device__ __forceinline__ u32 until() const { return last * COLUMNS; }
-
-  // Copies a tile into the oldest's place.
-  __device__ __forceinline__ void copy_next() {
-    if (next < last) {
-      place.move_to(next);
-      copy_tile<DTYPE>(tiles[slot], target, place, until());
-    }
-    next += ACROSS;
-    slot = slot + 1 == COUNT ? 0 : slot + 1;
-    commit_copies();
-  }
-
-  // The oldest tile, once it is there.
-  __device__ __forceinline__ const Stored<DTYPE> (*wait())[Place::ALL_THREADS] {
-    wait_for_copies<COUNT - 1>();
-    return tiles[slot];
-  }
-};
-
 template <u32 DTYPE, u32 ACROSS>
 __device__ __forceinline__ void merge_products(const Target* targets, const Term* all, const Strip* strips, u32 room) {
   constexpr u32 BLOCKS = SIZE<DTYPE> == 4 ? 1 : 2;
@@ -273,7 +235,7 @@ __device__ __forceinline__ void finish_tile(Sum (&total)[1], Tiles& tiles, const
       Plain<AT_ONCE> plain;
       plain.load(n, target, terms[i], place);
       eights = tiles.wait();
-      plain.template add<DTYPE>(total[0], n, eights, target, terms[i]);
+      plain.template add<DTYPE>(total[0], n, terms[i].coefficient, eights, target, terms[i]);
       asm volatile("" ::: "memory");
     }
   }
@@ -318,7 +280,9 @@ __device__ __forceinline__ void merge_full(const Target* targets, const Term* al
     place.move_to(tile);
     Sum total[1];
     clear(total[0]);
-    sum_products(total[0], factors.reader, aside, target, work.terms, place);
+    sum_products(factors.reader, aside, target, work.terms, place, [&](const Sum& product, const Term& term) {
+      add_scaled(total[0], product, term.coefficient, target, term, place);
+    });
     finish_tile<2, DTYPE>(total, tiles, target, work.terms, place);
   }
 }
@@ -343,7 +307,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* ta
       Sum total;
       clear(total);
       Direct direct(terms);
-      sum_products(total, direct, Aside{aside}, target, terms, place);
+      sum_products(direct, Aside{aside}, target, terms, place,
+                   [&](const Sum& product, const Term& term) { add_scaled(total, product, term.coefficient, target, term, place); });
       parked.park(total);
     }
     add_single(parked, target, terms, place, [&](u32 n, u32 i) {

@@ -187,6 +187,44 @@ __device__ __forceinline__ void copy_tile(Stored<DTYPE> (*eights)[ALL], const Ta
   });
 }
 
+// The tiles of the weight that a block's warps copy ahead, COUNT of them, each lane what it will use itself. ACROSS of them are one here.
+template <u32 DTYPE, class Place, u32 COUNT, u32 ACROSS = 1>
+struct Tiles {
+  using Tile = Stored<DTYPE>[Place::EIGHTS][Place::ALL_THREADS];
+  static constexpr u32 BYTES = COUNT * sizeof(Tile);
+  Tile* tiles;
+  Place place;
+  const Target& target;
+  u32 next, last;
+  u32 slot = 0;  // of the oldest tile
+
+  __device__ __forceinline__ Tiles(void* shared, const Target& target, const Strip& strip)
+      : tiles(static_cast<Tile*>(shared)), place(strip), target(target), next(strip.column_tile), last(strip.column_tile + strip.count) {
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i++) copy_next();
+  }
+
+  // The column where the strip ends.
+  __device__ __forceinline__ u32 until() const { return last * COLUMNS; }
+
+  // Copies a tile into the oldest's place.
+  __device__ __forceinline__ void copy_next() {
+    if (next < last) {
+      place.move_to(next);
+      copy_tile<DTYPE>(tiles[slot], target, place, until());
+    }
+    next += ACROSS;
+    slot = slot + 1 == COUNT ? 0 : slot + 1;
+    commit_copies();
+  }
+
+  // The oldest tile, once it is there.
+  __device__ __forceinline__ const Stored<DTYPE> (*wait())[Place::ALL_THREADS] {
+    wait_for_copies<COUNT - 1>();
+    return tiles[slot];
+  }
+};
+
 __device__ __forceinline__ u32 parts_of(u32 format) { return format == FORMAT_SPLIT ? 3 : 1; }
 
 __device__ __forceinline__ u32 row_blocks(const Term& term) { return (term.row % 16 + term.rows + 15) / 16; }
@@ -343,9 +381,9 @@ __device__ __forceinline__ float gain_at(const Term& term, u32 row, u32 column) 
 }
 
 // total += coefficient * gain * product, inside the region: outside it a product is zero, but for what is not finite in the factors.
-__device__ __forceinline__ void add_scaled(Sum& total, const Sum& product, const Target& target, const Term& term, const Place<1>& place) {
+__device__ __forceinline__ void add_scaled(Sum& total, const Sum& product, float coefficient, const Target& target, const Term& term, const Place<1>& place) {
   const bool upper = place.row - term.row < term.rows, lower = place.row + 8 - term.row < term.rows;
-  float rows[2] = {term.coefficient, term.coefficient};
+  float rows[2] = {coefficient, coefficient};
   if (term.gain && term.gain_axis == 0) {
     rows[0] *= upper ? __ldg(term.gain + place.row - term.row) : 0.0f;
     rows[1] *= lower ? __ldg(term.gain + place.row + 8 - term.row) : 0.0f;
@@ -388,9 +426,9 @@ struct Aside {
   }
 };
 
-// total += the target's products on the warp's part of it.
-template <class Reader>
-__device__ __forceinline__ void sum_products(Sum& total, Reader& reader, Aside aside, const Target& target, const Term* terms, const Place<1>& place) {
+// `add(product, term)` for each of the target's products on the warp's part of it.
+template <class Reader, class Add>
+__device__ __forceinline__ void sum_products(Reader& reader, Aside aside, const Target& target, const Term* terms, const Place<1>& place, Add add) {
 #pragma unroll 1
   for (u32 i = 0; i < target.products; i++) {
     const Product& product = reader.get(i);
@@ -408,7 +446,7 @@ __device__ __forceinline__ void sum_products(Sum& total, Reader& reader, Aside a
       else reader.template add_pair<false, 1>(sum, up, 0, product, pair, place.group, mine);
       if (n > 0) aside.multiply(sum[0]);
     }
-    if (mine) add_scaled(total, sum[0], target, terms[i], place);
+    if (mine) add(sum[0], terms[i]);
   }
 }
 
@@ -445,12 +483,12 @@ struct Plain {
     }
   }
 
-  // total += the term. `eights` is the lane's part of the weight.
+  // total += coefficient * the term. `eights` is the lane's part of the weight.
   template <u32 DTYPE, u32 ALL>
-  __device__ __forceinline__ void add(Sum& total, int first, const Stored<DTYPE> (*eights)[ALL], const Target& target, const Term& term) const {
+  __device__ __forceinline__ void add(Sum& total, int first, float strength, const Stored<DTYPE> (*eights)[ALL], const Target& target, const Term& term) const {
     const bool scales = term.kind == SCALE_ROWS || term.kind == SCALE_COLUMNS;
     const u32 dtype = term.kind == KRON ? term.format2 : term.kind == DENSE ? term.format : u32(F32);
-    const float coefficient = scales ? term.coefficient * target.scale : term.coefficient;
+    const float coefficient = scales ? strength * target.scale : strength;
 #pragma unroll
     for (int n = 0; n < COUNT; n++) {
       float values[8];

@@ -57,7 +57,7 @@ struct Function {
     shared: usize,
 }
 
-/// What every kernel may have without being asked for.
+/// What every kernel may have without being asked for, its own variables included.
 const SHARED: usize = 48 << 10;
 
 impl Gpu {
@@ -75,7 +75,12 @@ impl Gpu {
             // SAFETY: the module is never unloaded; the name ends with NUL; the pointer is to a live handle.
             let code = unsafe { sys::cuModuleGetFunction(&mut handle, module.handle, name.as_ptr()) };
             self.check(code, || format!("looking for the kernel {kernel} in {file}.cu"))?;
-            module.functions.insert(kernel.to_owned(), Function { handle, shared: SHARED });
+            let (mut own, size) = (0, sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES);
+            // SAFETY: the function was found above; the pointer is to a live integer.
+            let code = unsafe { sys::cuFuncGetAttribute(&mut own, size, handle) };
+            self.check(code, || format!("asking for the shared memory of {file}::{kernel}"))?;
+            let shared = SHARED.saturating_sub(own as usize);
+            module.functions.insert(kernel.to_owned(), Function { handle, shared });
         }
         let function = module.functions.get_mut(kernel).expect("inserted above");
         if shared > function.shared {

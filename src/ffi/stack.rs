@@ -29,8 +29,12 @@ pub struct lycore_stack {
 pub const LYCORE_BACKUP_DEVICE: i32 = 0;
 /// Keep the pristine weights in host memory.
 pub const LYCORE_BACKUP_HOST: i32 = 1;
-/// Keep them on the device where there is room for them, else in host memory; lycore_stack_info says which and why.
+/// Keep them on the device where there is room for them, else compactly, else in host memory; lycore_stack_info says which and why.
 pub const LYCORE_BACKUP_AUTO: i32 = 2;
+/// Keep no copies: fp16 and bf16 weights on a GPU are merged in place, and what rounding lost of them, a quarter of their size, is kept on their
+/// device (more where an adapter changes them beyond recognition). lycore_stack_apply waits for the stream then. Weights that this cannot serve
+/// (other dtypes, strides, adapters that read the weight) are copied to where there is room.
+pub const LYCORE_BACKUP_COMPACT: i32 = 3;
 
 /// The user's numbers for one adapter. 1 is the usual strength, 0 is none, negative ones are allowed.
 #[repr(C)]
@@ -150,8 +154,8 @@ fn on_stack<T>(stack: *const lycore_stack, work: impl FnOnce(&mut Stack) -> Outc
     work(&mut stack)
 }
 
-/// A new stack without weights and adapters. `backup` is LYCORE_BACKUP_DEVICE, LYCORE_BACKUP_HOST or
-/// LYCORE_BACKUP_AUTO.
+/// A new stack without weights and adapters. `backup` is LYCORE_BACKUP_DEVICE, LYCORE_BACKUP_HOST, LYCORE_BACKUP_AUTO or
+/// LYCORE_BACKUP_COMPACT.
 ///
 /// # Safety
 /// `out` may be written. `error` is NULL or may be written.
@@ -169,9 +173,10 @@ pub unsafe extern "C" fn lycore_stack_new(
                 LYCORE_BACKUP_DEVICE => BackupPlace::Device,
                 LYCORE_BACKUP_HOST => BackupPlace::Host,
                 LYCORE_BACKUP_AUTO => BackupPlace::Auto,
+                LYCORE_BACKUP_COMPACT => BackupPlace::Compact,
                 other => {
                     let message = format!(
-                        "`backup` is {other}, it must be LYCORE_BACKUP_DEVICE, LYCORE_BACKUP_HOST or LYCORE_BACKUP_AUTO"
+                        "`backup` is {other}, it must be LYCORE_BACKUP_DEVICE, LYCORE_BACKUP_HOST, LYCORE_BACKUP_AUTO or LYCORE_BACKUP_COMPACT"
                     );
                     return Err(Failure::boundary(LYCORE_BAD_ARGUMENT, message));
                 }
@@ -331,7 +336,7 @@ pub unsafe extern "C" fn lycore_stack_self_check(
 }
 
 /// What the stack holds and how it works, as JSON: {"device": "cuda:0", "executor": "kernels", "libtorch" or "cpu", "targets": n, "adapters": n,
-/// "backup": null before the first apply, else {"mode": "device" or "host", "why": text, "weights": n, "bytes": n}, "self_check": bool}.
+/// "backup": null before the first apply, else {"mode": "device", "host" or "compact", "why": text, "weights": n, "bytes": n}, "self_check": bool}.
 /// `json` becomes a text that the caller frees with lycore_text_free.
 ///
 /// # Safety

@@ -83,6 +83,28 @@ pub fn merge_all(
     }
 }
 
+/// As [`merge_all`], for weights of a GPU that `compact` takes, in place: `compact` keeps what that loses of them. Waits for the stream.
+pub fn merge_in_place(
+    index: usize,
+    stream: Stream,
+    jobs: &[Work<'_>],
+    prepared: &mut Prepared,
+    compact: &mut cuda::Compact,
+) -> Result<()> {
+    jobs.iter().try_for_each(|job| check_target(job.name, job.out))?;
+    fused(index)?.on(stream, |queue| compact.merge(queue, jobs, &mut prepared.cuda))
+}
+
+/// Gives weights of a GPU that were merged in place their base back.
+pub fn restore_in_place(
+    index: usize,
+    stream: Stream,
+    weights: &[&View],
+    compact: &mut cuda::Compact,
+) -> Result<()> {
+    fused(index)?.on(stream, |queue| compact.restore(queue, weights))
+}
+
 /// As [`merge_all`] for one job, where its result is.
 pub fn merge(stream: Stream, job: &Work<'_>, prepared: &mut Prepared) -> Result<()> {
     merge_all(job.out.device(), stream, std::slice::from_ref(job), prepared, &mut |_| Ok(()))

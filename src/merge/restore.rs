@@ -10,20 +10,20 @@ use std::sync::Arc;
 /// Where the copies are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BackupPlace {
-    /// On the device where there is room, else in host memory.
+    /// On the device where there is room, else compactly, else in host memory.
     Auto,
     /// Beside the weight: fastest, takes the size of the changed weights on the device.
     Device,
     /// In host memory.
     Host,
+    /// Nowhere: weights are merged in place, and what rounding lost of them is kept on the device, a quarter of their size.
+    Compact,
 }
 
 /// A packed, row-major copy of one weight.
 pub struct Backup {
     view: View,
     number: u64,
-    /// Of the weight when it was copied, where that was asked for.
-    checksum: Option<u64>,
     _own: Own,
 }
 
@@ -40,7 +40,7 @@ enum Own {
 impl Backup {
     fn new(view: View, own: Own) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        Backup { view, number: NEXT.fetch_add(1, Ordering::Relaxed), checksum: None, _own: own }
+        Backup { view, number: NEXT.fetch_add(1, Ordering::Relaxed), _own: own }
     }
 
     /// The copy.
@@ -53,56 +53,36 @@ impl Backup {
         self.number
     }
 
-    /// Where copies of these weights go, all on one device, and why.
-    pub fn place(weights: &[(&str, &View)], wanted: BackupPlace) -> (BackupPlace, String) {
+    /// Where copies of these weights go, all on one device, and why. `in_place`: they can do without.
+    pub fn place(weights: &[(&str, &View)], wanted: BackupPlace, in_place: bool) -> (BackupPlace, String) {
         let bytes: usize = weights.iter().map(|(_, weight)| weight.byte_len()).sum();
         let gib = |bytes: usize| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
         let device = weights.first().map_or(Device::Cpu, |(_, weight)| weight.device());
         let Device::Cuda(index) = device else {
             return (BackupPlace::Host, "the weights are in host memory".into());
         };
+        let fused = super::fused(index);
         match wanted {
-            BackupPlace::Device | BackupPlace::Host => (wanted, "as asked for".into()),
-            BackupPlace::Auto => match super::fused(index).and_then(Gpu::memory) {
-                // A model that is about to run needs room too.
-                Ok((free, total)) if bytes + (total / 16).max(1 << 30) > free => {
-                    let why = format!(
-                        "copies of {} leave too little of {} free on {device}",
-                        gib(bytes),
-                        gib(free)
-                    );
-                    (BackupPlace::Host, why)
-                }
-                Ok((free, _)) => (
-                    BackupPlace::Device,
-                    format!("copies of {} fit in {} free on {device}", gib(bytes), gib(free)),
-                ),
-                Err(_) => (BackupPlace::Device, format!("{device} does not say how much memory is free")),
-            },
+            BackupPlace::Device | BackupPlace::Host => return (wanted, "as asked for".into()),
+            BackupPlace::Compact if in_place && fused.is_ok() => return (wanted, "as asked for".into()),
+            BackupPlace::Compact if fused.is_err() => {
+                return (BackupPlace::Device, "the compact mode needs the library's own kernels".into())
+            }
+            BackupPlace::Compact | BackupPlace::Auto => {}
         }
-    }
-
-    /// Remembers the checksums of the weights that these are copies of; waits for the stream.
-    pub fn remember(backups: &mut [Self], weights: &[(&str, &View)], stream: Stream) -> Result<()> {
-        for (backup, sum) in backups.iter_mut().zip(super::checksum::of(weights, stream)?) {
-            backup.checksum = Some(sum);
-        }
-        Ok(())
-    }
-
-    /// Compares weights with what was remembered of them; waits for the stream.
-    pub fn prove(pairs: &[(&str, &Backup, &View)], stream: Stream) -> Result<()> {
-        let weights: Vec<(&str, &View)> = pairs.iter().map(|&(name, _, weight)| (name, weight)).collect();
-        let sums = super::checksum::of(&weights, stream)?;
-        let differs = pairs.iter().zip(sums).filter(|((_, b, _), sum)| b.checksum.is_some_and(|c| c != *sum));
-        let names: Vec<&str> = differs.map(|((name, ..), _)| *name).collect();
-        match names.first() {
-            None => Ok(()),
-            Some(first) => Err(Error::Backend(format!(
-                "{} of {} restored weights are not the base, the first `{first}`: something else wrote them or their copies; load the model anew",
-                names.len(),
-                pairs.len()
-            ))),
+        let Ok((free, total)) = fused.and_then(Gpu::memory) else {
+            return (BackupPlace::Device, format!("{device} does not say how much memory is free"));
+        };
+        // A model that is about to run needs room too.
+        let fits = |bytes: usize| bytes + (total / 16).max(1 << 30) <= free;
+        let too_large =
+            || format!("copies of {} leave too little of {} free on {device}", gib(bytes), gib(free));
+        if fits(bytes) {
+            (BackupPlace::Device, format!("copies of {} fit in {} free on {device}", gib(bytes), gib(free)))
+        } else if in_place && fits(bytes / 4) {
+            (BackupPlace::Compact, format!("{}, a quarter fits", too_large()))
+        } else {
+            (BackupPlace::Host, too_large())
         }
     }
 
@@ -165,6 +145,22 @@ impl Backup {
     }
 }
 
+/// Compares weights with their checksums from before they were changed, where those were taken; waits for the stream.
+pub fn prove(weights: &[(&str, Option<u64>, &View)], stream: Stream) -> Result<()> {
+    let known: Vec<(&str, &View)> = weights.iter().map(|&(name, _, weight)| (name, weight)).collect();
+    let sums = super::checksum::of(&known, stream)?;
+    let differs = weights.iter().zip(sums).filter(|((_, before, _), sum)| before.is_some_and(|b| b != *sum));
+    let names: Vec<&str> = differs.map(|((name, ..), _)| *name).collect();
+    match names.first() {
+        None => Ok(()),
+        Some(first) => Err(Error::Backend(format!(
+            "{} of {} restored weights are not the base, the first `{first}`: something else wrote them or their copies; load the model anew",
+            names.len(),
+            weights.len()
+        ))),
+    }
+}
+
 /// Does all, whatever becomes of one; the first error.
 fn all(work: impl Iterator<Item = Result<()>>) -> Result<()> {
     let mut result = Ok(());
@@ -181,7 +177,7 @@ fn on_gpu(queue: &Queue, weights: &[(&str, &View)], place: BackupPlace) -> Resul
     let total = weights.iter().map(|(_, weight)| size(weight)).sum();
     let gpu: &'static Gpu = queue.gpu();
     let (start, device, own): (u64, Device, Box<dyn Fn() -> Own>) = match place {
-        BackupPlace::Device | BackupPlace::Auto => {
+        BackupPlace::Device | BackupPlace::Auto | BackupPlace::Compact => {
             let memory = Arc::new(queue.alloc(total)?);
             (memory.ptr(), Device::Cuda(gpu.index()), Box::new(move || Own::Device(memory.clone())))
         }
@@ -256,14 +252,14 @@ mod tests {
         let (mut one, mut two) = (vec![1.0f32, -0.0, 3.0], vec![4.0f32; 5]);
         let (first, second) = (view(&mut one), view(&mut two));
         let weights = [("one", &first), ("two", &second)];
-        let mut backups = Backup::take(&weights, BackupPlace::Auto, stream).unwrap();
-        Backup::remember(&mut backups, &weights, stream).unwrap();
-        let pairs = [("one", &backups[0], &first), ("two", &backups[1], &second)];
+        let backups = Backup::take(&weights, BackupPlace::Auto, stream).unwrap();
+        let sums = crate::merge::checksum::of(&weights, stream).unwrap();
+        let known = [("one", Some(sums[0]), &first), ("two", Some(sums[1]), &second)];
         (one[1], two[4]) = (0.0, 4.5);
-        let text = Backup::prove(&pairs, stream).unwrap_err().to_string();
+        let text = prove(&known, stream).unwrap_err().to_string();
         assert!(text.contains("2 of 2") && text.contains("`one`"), "{text}");
-        Backup::give_back(&pairs, stream).unwrap();
-        Backup::prove(&pairs, stream).unwrap();
+        Backup::give_back(&[("one", &backups[0], &first), ("two", &backups[1], &second)], stream).unwrap();
+        prove(&known, stream).unwrap();
         assert!(one[1].is_sign_negative() && two == [4.0; 5]);
     }
 
@@ -271,7 +267,9 @@ mod tests {
     fn what_is_asked_for_is_where_the_weights_are() {
         let mut values = vec![0f32; 4];
         let weight = view(&mut values);
-        let (place, why) = Backup::place(&[("w", &weight)], BackupPlace::Auto);
-        assert_eq!((place, &why[..]), (BackupPlace::Host, "the weights are in host memory"));
+        for wanted in [BackupPlace::Auto, BackupPlace::Compact] {
+            let (place, why) = Backup::place(&[("w", &weight)], wanted, true);
+            assert_eq!((place, &why[..]), (BackupPlace::Host, "the weights are in host memory"));
+        }
     }
 }

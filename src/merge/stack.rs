@@ -1,9 +1,10 @@
 //! Targets + adapters + strengths: apply, change, restore.
 
 use super::bypass::Geometry;
+use super::cuda::Compact;
 use super::ops::{seed_of, Region, Storage, Term};
 use super::plan::{Binding, Rules, Strengths};
-use super::restore::{Backup, BackupPlace};
+use super::restore::{prove, Backup, BackupPlace};
 use super::{Prepared, Work};
 use crate::adapter::Adapter;
 use crate::cuda::Stream;
@@ -38,6 +39,8 @@ pub struct Stack {
     seed: Option<u32>,
     self_check: bool,
     prepared: Prepared,
+    /// Of weights that are merged in place, by their device.
+    compact: HashMap<usize, Compact>,
     rules: Rules,
 }
 
@@ -46,6 +49,8 @@ struct Target {
     weight: View,
     storage: Storage,
     backup: Option<Backup>,
+    /// Of the base, where that was asked for.
+    checksum: Option<u64>,
     /// What the live weight holds: (adapter, index into its binding, strength).
     applied: Vec<(AdapterId, usize, f64)>,
 }
@@ -81,6 +86,7 @@ impl Stack {
             seed: None,
             self_check: false,
             prepared: Prepared::default(),
+            compact: HashMap::new(),
             rules: Rules::default(),
         }
     }
@@ -115,7 +121,14 @@ impl Stack {
         self.by_name.insert(name.to_owned(), index);
         let storage = self.storage(name);
         let name = name.to_owned();
-        self.targets.push(Target { name, weight, storage, backup: None, applied: Vec::new() });
+        self.targets.push(Target {
+            name,
+            weight,
+            storage,
+            backup: None,
+            checksum: None,
+            applied: Vec::new(),
+        });
         self.index = None;
         Ok(index)
     }
@@ -185,6 +198,7 @@ impl Stack {
         let at = self.entry(id)?;
         self.entries.remove(at);
         self.prepared = Prepared::default();
+        self.compact.values_mut().for_each(Compact::forget_ops);
         Ok(())
     }
 
@@ -249,9 +263,15 @@ impl Stack {
             Device::Cuda(_) => "libtorch",
         };
         let copies = self.targets.iter().filter_map(|t| t.backup.as_ref());
-        let (count, bytes) = copies.fold((0, 0), |(n, bytes), b| (n + 1, bytes + b.view().byte_len()));
+        let copies = copies.map(|copy| (1, copy.view().byte_len()));
+        let kept = copies.chain(self.compact.values().map(Compact::size));
+        let (count, bytes) = kept.fold((0, 0), |(n, bytes), (more, size)| (n + more, bytes + size));
         let mode = self.placed.as_ref().map(|(place, why)| {
-            let mode = if *place == BackupPlace::Host { "host" } else { "device" };
+            let mode = match place {
+                BackupPlace::Host => "host",
+                BackupPlace::Compact => "compact",
+                BackupPlace::Device | BackupPlace::Auto => "device",
+            };
             serde_json::json!({"mode": mode, "why": why, "weights": count, "bytes": bytes})
         });
         serde_json::json!({
@@ -300,12 +320,18 @@ impl Stack {
             let (merged, bare): (Vec<usize>, Vec<usize>) =
                 due.iter().copied().filter(here).partition(|&i| !wanted[i].is_empty());
             self.give_back(&bare, stream)?;
-            self.take_backups(&merged, stream)?;
             done += bare.len();
-            self.merge(device, &merged, &wanted, stream, &mut |n| {
+            let (in_place, copied) = self.places(device, &merged, &wanted)?;
+            if !in_place.is_empty() {
+                progress.at(done as u64, due.len() as u64)?;
+                self.merge_in_place(device, &in_place, &wanted, stream)?;
+                done += in_place.len();
+            }
+            self.take_backups(&copied, stream)?;
+            self.merge(device, &copied, &wanted, stream, &mut |n| {
                 progress.at((done + n) as u64, due.len() as u64)
             })?;
-            done += merged.len();
+            done += copied.len();
         }
         progress.at(due.len() as u64, due.len() as u64)?;
         Ok(Applied { changed: due.len(), kept })
@@ -322,30 +348,86 @@ impl Stack {
         devices
     }
 
+    /// Whether a weight is merged in place at present.
+    fn holds(&self, index: usize) -> bool {
+        let weight = &self.targets[index].weight;
+        matches!(weight.device(), Device::Cuda(i) if self.compact.get(&i).is_some_and(|c| c.holds(weight)))
+    }
+
+    /// Which of these weights, all on one device, are merged in place and which from copies.
+    fn places(
+        &mut self,
+        device: Device,
+        targets: &[usize],
+        wanted: &[Vec<(AdapterId, usize, f64)>],
+    ) -> Result<(Vec<usize>, Vec<usize>)> {
+        let Device::Cuda(index) = device else { return Ok((Vec::new(), targets.to_vec())) };
+        let free = |&i: &usize| self.targets[i].backup.is_none();
+        let mut rest: Vec<usize> = targets.iter().copied().filter(free).collect();
+        let new: Vec<usize> = rest.iter().copied().filter(|&i| !self.holds(i)).collect();
+        if !new.is_empty() {
+            let placed = Backup::place(&self.views(&new), self.place, true);
+            if placed.0 != BackupPlace::Compact {
+                rest.retain(|&i| self.holds(i));
+            }
+            self.placed = Some(placed);
+        }
+        let (none, mut in_place) = (Compact::default(), vec![false; self.targets.len()]);
+        let compact = self.compact.get(&index).unwrap_or(&none);
+        for i in rest {
+            let Target { name, weight, storage, .. } = &self.targets[i];
+            let terms = terms_of(&self.entries, &wanted[i]);
+            let job =
+                Work { name, base: weight, out: weight, storage: *storage, terms: &terms, pristine: None };
+            in_place[i] = compact.takes(&job)?;
+        }
+        Ok(targets.iter().partition(|&&i| in_place[i]))
+    }
+
+    fn views(&self, targets: &[usize]) -> Vec<(&str, &View)> {
+        targets.iter().map(|&i| (&self.targets[i].name[..], &self.targets[i].weight)).collect()
+    }
+
     /// Copies the weights that have no copy yet; all on one device.
     fn take_backups(&mut self, targets: &[usize], stream: Stream) -> Result<()> {
         let without: Vec<usize> =
             targets.iter().copied().filter(|&i| self.targets[i].backup.is_none()).collect();
-        let weights: Vec<(&str, &View)> =
-            without.iter().map(|&i| (&self.targets[i].name[..], &self.targets[i].weight)).collect();
-        if weights.is_empty() {
+        if without.is_empty() {
             return Ok(());
         }
-        let placed = Backup::place(&weights, self.place);
-        let mut backups = Backup::take(&weights, placed.0, stream)?;
-        if self.self_check {
-            Backup::remember(&mut backups, &weights, stream)?;
+        // Those that were merged in place until now.
+        let held: Vec<usize> = without.iter().copied().filter(|&i| self.holds(i)).collect();
+        self.give_back(&held, stream)?;
+        let placed = Backup::place(&self.views(&without), self.place, false);
+        let backups = Backup::take(&self.views(&without), placed.0, stream)?;
+        self.remember(&without, stream)?;
+        // Of some weights in place and some copies the first is worth telling.
+        if self.compact.is_empty() {
+            self.placed = Some(placed);
         }
-        self.placed = Some(placed);
         for (i, backup) in without.into_iter().zip(backups) {
             self.targets[i].backup = Some(backup);
         }
         Ok(())
     }
 
+    /// Takes the checksums of pristine weights, all on one device, if that is wanted; waits for the stream.
+    fn remember(&mut self, targets: &[usize], stream: Stream) -> Result<()> {
+        if !self.self_check {
+            return Ok(());
+        }
+        let sums = super::checksum::of(&self.views(targets), stream)?;
+        for (&i, sum) in targets.iter().zip(sums) {
+            self.targets[i].checksum = Some(sum);
+        }
+        Ok(())
+    }
+
     /// Gives weights their base back and drops the copies; all on one device.
     fn give_back(&mut self, targets: &[usize], stream: Stream) -> Result<()> {
-        let pairs: Vec<(&str, &Backup, &View)> = targets
+        let changed = |i: &usize| self.targets[*i].backup.is_some() || self.holds(*i);
+        let changed: Vec<usize> = targets.iter().copied().filter(changed).collect();
+        let pairs: Vec<(&str, &Backup, &View)> = changed
             .iter()
             .filter_map(|&i| {
                 let target = &self.targets[i];
@@ -353,12 +435,47 @@ impl Stack {
             })
             .collect();
         Backup::give_back(&pairs, stream)?;
-        if self.self_check && !pairs.is_empty() {
-            Backup::prove(&pairs, stream)?;
+        for (&index, compact) in &mut self.compact {
+            let weights = changed.iter().map(|&i| &self.targets[i].weight);
+            let here: Vec<&View> = weights.filter(|w| w.device() == Device::Cuda(index)).collect();
+            super::restore_in_place(index, stream, &here, compact)?;
+        }
+        if self.self_check && !changed.is_empty() {
+            let known = changed.iter().map(|&i| &self.targets[i]);
+            let known: Vec<_> = known.map(|t| (&t.name[..], t.checksum, &t.weight)).collect();
+            prove(&known, stream)?;
         }
         for &i in targets {
             self.targets[i].applied.clear();
             self.targets[i].backup = None;
+        }
+        Ok(())
+    }
+
+    fn merge_in_place(
+        &mut self,
+        device: Device,
+        targets: &[usize],
+        wanted: &[Vec<(AdapterId, usize, f64)>],
+        stream: Stream,
+    ) -> Result<()> {
+        let Device::Cuda(index) = device else { return Ok(()) };
+        let new: Vec<usize> = targets.iter().copied().filter(|&i| !self.holds(i)).collect();
+        self.remember(&new, stream)?;
+        for &i in targets {
+            self.targets[i].applied = vec![(0, 0, f64::NAN)];
+        }
+        let terms: Vec<Vec<Term<'_>>> =
+            targets.iter().map(|&i| terms_of(&self.entries, &wanted[i])).collect();
+        let job = |(&i, terms)| {
+            let Target { name, weight, storage, .. } = &self.targets[i];
+            Work { name, base: weight, out: weight, storage: *storage, terms, pristine: None }
+        };
+        let jobs: Vec<Work<'_>> = targets.iter().zip(&terms).map(|(i, terms)| job((i, &terms[..]))).collect();
+        let compact = self.compact.entry(index).or_default();
+        super::merge_in_place(index, stream, &jobs, &mut self.prepared, compact)?;
+        for &i in targets {
+            self.targets[i].applied.clone_from(&wanted[i]);
         }
         Ok(())
     }
@@ -375,16 +492,8 @@ impl Stack {
             // Until it is written whole, the weight holds nothing that could be wanted.
             self.targets[i].applied = vec![(0, 0, f64::NAN)];
         }
-        let terms: Vec<Vec<Term<'_>>> = targets
-            .iter()
-            .map(|&i| {
-                let bound = |(id, bound, strength): &(AdapterId, usize, f64)| {
-                    let entry = self.entries.iter().find(|e| e.id == *id)?;
-                    Some(entry.binding.bound[*bound].terms(*strength))
-                };
-                wanted[i].iter().filter_map(bound).flatten().collect()
-            })
-            .collect();
+        let terms: Vec<Vec<Term<'_>>> =
+            targets.iter().map(|&i| terms_of(&self.entries, &wanted[i])).collect();
         let jobs: Vec<Work<'_>> = targets
             .iter()
             .zip(&terms)
@@ -405,8 +514,8 @@ impl Stack {
     /// Gives every weight its base back, bit for bit, and frees the copies. Adapters and strengths stay.
     pub fn restore(&mut self, stream: Stream) -> Result<()> {
         let mut result = Ok(());
-        let with: Vec<usize> =
-            (0..self.targets.len()).filter(|&i| self.targets[i].backup.is_some()).collect();
+        let changed = |&i: &usize| self.targets[i].backup.is_some() || self.holds(i);
+        let with: Vec<usize> = (0..self.targets.len()).filter(changed).collect();
         for device in self.devices_of(&with) {
             let here: Vec<usize> =
                 with.iter().copied().filter(|&i| self.targets[i].weight.device() == device).collect();
@@ -414,6 +523,9 @@ impl Stack {
             result = result.and(self.give_back(&here, stream));
         }
         self.prepared = Prepared::default();
+        if result.is_ok() {
+            self.compact.clear();
+        }
         result
     }
 
@@ -431,7 +543,21 @@ impl Stack {
                 })
             })
             .collect();
+        if self.holds(at) && terms.iter().any(|term| term.op.reads_weight()) {
+            let what =
+                format!("`{target}` is merged in place, and an adapter that was added since reads its base");
+            return Err(Error::argument(what, "call lycore_stack_apply or lycore_stack_restore before"));
+        }
         let base = self.targets[at].backup.as_ref().map_or(&self.targets[at].weight, Backup::view);
         super::forward(target, base, geometry, x, y, &terms, &mut self.prepared)
     }
+}
+
+/// What a weight gets.
+fn terms_of<'a>(entries: &'a [Entry], wanted: &[(AdapterId, usize, f64)]) -> Vec<Term<'a>> {
+    let bound = |(id, bound, strength): &(AdapterId, usize, f64)| {
+        let entry = entries.iter().find(|e| e.id == *id)?;
+        Some(entry.binding.bound[*bound].terms(*strength))
+    };
+    wanted.iter().filter_map(bound).flatten().collect()
 }

@@ -257,7 +257,7 @@ fn without_graph<T>(work: impl FnOnce() -> T) -> T {
 pub fn backup(weight: &View, place: BackupPlace) -> Result<(View, Owned)> {
     let source = blob(weight)?;
     let copy = match place {
-        BackupPlace::Device | BackupPlace::Auto => packed(&source, source.device())?,
+        BackupPlace::Device | BackupPlace::Auto | BackupPlace::Compact => packed(&source, source.device())?,
         BackupPlace::Host => packed(&source, tch::Device::Cpu)?,
     };
     let device = if place == BackupPlace::Host { Device::Cpu } else { weight.device() };

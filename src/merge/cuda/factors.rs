@@ -6,6 +6,7 @@ use crate::dtype::{byte_len, Float};
 use crate::error::{Error, Result};
 use crate::view::{Device, Tensor};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// A factor in one layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -113,7 +114,7 @@ impl Wanted {
 pub(super) struct Factors {
     /// Address of every factor; its source is kept, so that its own address cannot come to mean another factor.
     placed: HashMap<Key, (u64, Tensor)>,
-    memory: Vec<Buffer>,
+    memory: Vec<Arc<Buffer>>,
 }
 
 /// Alignment of everything that is placed.
@@ -124,6 +125,11 @@ impl Factors {
     pub fn address(&self, key: &Key) -> Result<u64> {
         let found = self.placed.get(key).map(|(address, _)| *address);
         found.ok_or_else(|| Error::Backend("a factor was not loaded".into()))
+    }
+
+    /// What they lie in.
+    pub fn memory(&self) -> &[Arc<Buffer>] {
+        &self.memory
     }
 
     /// Brings what is missing to the device, and packs it in one launch.
@@ -222,7 +228,7 @@ impl Factors {
         for (w, &place) in missing.iter().zip(&places) {
             self.placed.insert(w.key, (at(place), w.source.clone()));
         }
-        self.memory.push(memory);
+        self.memory.push(Arc::new(memory));
         Ok(())
     }
 }

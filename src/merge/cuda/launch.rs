@@ -77,9 +77,9 @@ impl Variant {
 
 /// A kernel, and what a block of it takes.
 #[derive(Clone, Copy)]
-struct Shape {
-    kernel: &'static str,
-    threads: u32,
+pub(super) struct Shape {
+    pub kernel: &'static str,
+    pub threads: u32,
     /// Rows of a tile.
     rows: usize,
     /// Blocks of 16 rows of a warp, whose up factors it would like to keep in shared memory; 0: none.
@@ -89,16 +89,28 @@ struct Shape {
     ring: usize,
 }
 
+/// Of `kernels/compact.cu`, for weights of 16 bits; `one`: with one product of 16-bit factors on all of it.
+pub(super) fn compact(float: Float, one: bool) -> Shape {
+    let (tiles, ring) = if one { (16 << 10, 16 << 10) } else { (32 << 10, 24 << 10) };
+    let kernel = match (float == Float::F16, one) {
+        (true, true) => "compact_f16_one",
+        (true, false) => "compact_f16",
+        (false, true) => "compact_bf16_one",
+        (false, false) => "compact_bf16",
+    };
+    Shape { kernel, threads: 128, rows: 64, blocks: 1, tiles, ring }
+}
+
 impl Shape {
     /// Bytes of shared memory, and of how many fragments of up factors there is room in them.
-    fn shared(&self, gpu: &Gpu, products: usize, wanted: usize) -> (usize, usize) {
+    pub fn shared(&self, gpu: &Gpu, products: usize, wanted: usize) -> (usize, usize) {
         if self.ring == 0 || gpu.architecture() < 80 {
             return (self.tiles, 0);
         }
         let least = self.tiles + self.ring + products * PRODUCT;
         // Of a multiprocessor's memory, 1 KiB more than a block can have, the driver takes 1 KiB per block; the kernels' own variables are smaller
         // than this.
-        let (driver, own) = (1 << 10, 1536);
+        let (driver, own) = (1 << 10, 2048);
         let alone = gpu.shared_memory().saturating_sub(own);
         let in_pairs = ((gpu.shared_memory() + driver) / 2).saturating_sub(driver + own);
         let most = if least <= in_pairs { in_pairs } else { alone };
@@ -131,12 +143,7 @@ impl Launches {
         });
         let launch = &mut self.0[at];
         let products = target.products as usize;
-        let pair = |format: u32, ranks: u32| {
-            let parts = if format == super::tables::Format::Split as u32 { 3 } else { 1 };
-            parts * ranks as usize
-        };
-        let fragments: usize =
-            terms.iter().take(products).map(|t| pair(t.format, t.ranks) + pair(t.format2, t.ranks2)).sum();
+        let fragments: usize = terms.iter().take(products).map(Term::fragments).sum();
         launch.products = launch.products.max(products);
         launch.fragments = launch.fragments.max(fragments * shape.blocks);
         launch.strips.extend(strips(index, target, shape.rows));

@@ -3,6 +3,7 @@
 //! A merge is a table of targets and a table of terms ([`lower`]), whose factors lie on the device ([`factors`]) and which the kernels of
 //! `kernels/` read ([`tables`], [`launch`]). All of it is kept: a change of strengths uploads new coefficients and launches.
 
+mod compact;
 mod derived;
 mod factors;
 mod launch;
@@ -16,6 +17,7 @@ use crate::cuda::{Arg, Buffer, Gpu, Queue};
 use crate::dtype::{byte_len, Dtype, Float};
 use crate::error::{Error, Result};
 use crate::view::{row_major, Device, View};
+pub use compact::Compact;
 use derived::Computed;
 use factors::{Factors, Wanted};
 use launch::{Launches, Variant};
@@ -315,6 +317,17 @@ fn reads_aligned(target: &tables::Target, float: Float) -> bool {
     aligned(&tables::Target { out, out_row, out_columns, ..*target }, float)
 }
 
+/// The shape and strides of a row.
+fn inner(view: &View) -> (&[usize], &[usize]) {
+    (view.shape().get(1..).unwrap_or(&[]), view.strides().get(1..).unwrap_or(&[]))
+}
+
+/// Whether the columns of a weight do.
+fn side_by_side(view: &View) -> bool {
+    let (shape, strides) = inner(view);
+    shape.iter().zip(strides).zip(row_major(shape)).all(|((&d, &s), r)| d == 1 || s == r)
+}
+
 /// Offsets of columns that do not lie side by side, by their shape and strides.
 #[derive(Default)]
 struct Columns {
@@ -325,11 +338,10 @@ struct Columns {
 impl Columns {
     /// The table's address, or 0 where there is nothing to tell.
     fn of(&mut self, queue: &Queue, view: &View) -> Result<u64> {
-        let (shape, strides) = (view.shape().get(1..).unwrap_or(&[]), view.strides().get(1..).unwrap_or(&[]));
-        let packed = shape.iter().zip(strides).zip(row_major(shape)).all(|((&d, &s), r)| d == 1 || s == r);
-        if packed {
+        if side_by_side(view) {
             return Ok(0);
         }
+        let (shape, strides) = inner(view);
         if let Some(&address) = self.known.get(&(shape.to_vec(), strides.to_vec())) {
             return Ok(address);
         }

@@ -123,6 +123,18 @@ impl Term {
     pub fn is_product(&self) -> bool {
         self.kind <= Kind::Hadamard as u32
     }
+
+    /// Fragments of a product's up factors in a block of rows.
+    pub fn fragments(&self) -> usize {
+        let of = |format: u32, ranks: u32| {
+            if format == Format::Split as u32 {
+                3 * ranks as usize
+            } else {
+                ranks as usize
+            }
+        };
+        of(self.format, self.ranks) + of(self.format2, self.ranks2)
+    }
 }
 
 #[repr(C)]

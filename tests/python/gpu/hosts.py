@@ -212,12 +212,6 @@ def tally(result: formula.Tally, host: Host, terms: Sequence[tuple[float, Adapte
 @contextmanager
 def stack_on(host: Host, **options: object) -> Iterator[lycore.Stack]:
     """A stack; at its end the weights are the base, and so is all memory around them."""
-    try:
-        stack = lycore.Stack(host.live, **options)
-    except (TypeError, lycore.ArgumentError, lycore.DtypeError, lycore.UnsupportedError) as problem:
-        if options.keys() <= {"aliases"} and not any(w.dtype in FP8 for w in host.live.values()):
-            raise
-        pytest.skip(f"this Stack refuses {', '.join(options) or 'fp8'}: {problem}")
-    with stack:
+    with lycore.Stack(host.live, **options) as stack:
         yield stack
     assert host.intact(), "the base again, bit for bit"

@@ -8,6 +8,7 @@ import threading
 
 import formula
 import handmade
+import hosts
 import numpy
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_a_thousand_random_steps(tmp_path, dtype, layout, backup):
             if step % 100 == 0:
                 stack.apply()
                 fresh = Host(host.base, layout)
-                again = lycore.Stack(fresh.live)
+                again = lycore.Stack(fresh.live, backup=backup)
                 for adapter, handle in handles:
                     again.add(adapter.path, handle.strength)
                 again.apply()
@@ -374,6 +375,56 @@ def test_no_memory_is_left_behind(tmp_path, backup):
             return  # the others allocate too
         # The driver hands out pieces of 2 MB; a leak of one adapter's factors a cycle would be 100 MB.
         assert after[1] >= before[1] - (16 << 20)
+
+
+@pytest.mark.parametrize("strength", [1e-4, 0.3, 4.0, 1e3], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
+def test_compact_whatever_is_lost(tmp_path, dtype, strength):
+    """Weights that drown in what is added to them, and numbers of every kind among them, come back."""
+    base = weights(dtype, SHAPES | {"large": (320, 1280)})
+    for i, weight in enumerate(base.values()):
+        generator = torch.Generator().manual_seed(i)
+        chosen = torch.rand(weight.shape, generator=generator) < 0.02
+        anything = torch.randint(-(2**15), 2**15, weight.shape, generator=generator, dtype=torch.int16)
+        hosts.integers(weight)[chosen] = anything[chosen]
+    host = Host(base)
+    kinds = ("lora-r7", "loha", "lokr", "full")
+    adapters = adapters_of(kinds, tmp_path, host)
+    plain = Host(base)
+    with stack_on(host, backup="compact", self_check=True) as stack, stack_on(plain, backup="device") as other:
+        handles = [(stack.add(adapters[kind].path, 0.0), other.add(adapters[kind].path, 0.0)) for kind in kinds]
+        for turn in range(12):
+            for i, pair in enumerate(handles):
+                for handle in pair:
+                    handle.strength = strength * (1.0 + 0.1 * (turn // 2)) * (turn // 2 % (i + 1) == 0)
+            stack.apply()
+            other.apply()
+            for name, weight in host.live.items():
+                got, want = weight.double(), plain.live[name].double()
+                near = torch.isclose(got, want, rtol=2.0**-6, atol=2.0**-6 * strength, equal_nan=True)
+                assert near.all(), f"{name} turn {turn}"
+            if turn == 7:
+                stack.restore()
+                assert host.intact()
+        mode = stack.info()["backup"]
+        if DEVICE == "cuda":
+            assert mode["mode"] == "compact", mode
+            if strength < 1:
+                assert mode["bytes"] < 0.5 * sum(w.numel() * w.element_size() for w in host.live.values())
+
+
+@ONLY_GPU
+def test_compact_takes_a_quarter(tmp_path):
+    host = Host(weights(torch.bfloat16, {f"w{i}": (1280, 1280) for i in range(4)}))
+    with stack_on(host, backup="compact") as stack:
+        handle = stack.add(Adapter("lora-r16", tmp_path, shapes_of(host.base)).path, 0.5)
+        stack.apply()
+        handle.strength = 0.7
+        stack.apply()
+        kept = stack.info()["backup"]
+        assert kept["mode"] == "compact" and kept["weights"] == 4
+        # And a little more where the adapter changes a few weights beyond recognition.
+        assert kept["bytes"] <= 0.255 * sum(w.numel() * w.element_size() for w in host.live.values())
 
 
 @ONLY_GPU

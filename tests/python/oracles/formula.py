@@ -242,7 +242,7 @@ class Tally:
             error = abs(got - want)
             # 0 by 0: a bias of 0 that stays so.
             worst, limit = float((error / numpy.maximum(magnitude, 1e-30)).max()), TOLERANCE
-            # Where much larger terms cancel (DoRA scales up a row that nearly vanishes), the sum is as fine as they are.
+            # Where much larger terms cancel (DoRA scales a row up that nearly vanishes), a sum is as fine as they are.
             largest = max(abs(want).max(), abs(base).max(), magnitude.max() / CANCELLED)
             of_tensor = float(error.max() / largest)
             self.worst_of_tensor = max(self.worst_of_tensor, of_tensor)
