@@ -45,8 +45,8 @@ pub struct Compact {
     pool: Option<Buffer>,
     slots: u32,
     taken: u32,
-    /// The strips of the last pass: of which weights, and whether of [`Item::is_one_product`].
-    strips: Option<(Vec<(u64, bool)>, Vec<Strips>)>,
+    /// Of the last pass, which the next one may be like.
+    launches: Option<Launches>,
 }
 
 struct State {
@@ -82,10 +82,15 @@ impl Item {
     }
 }
 
-/// What one launch takes.
-struct Strips {
+/// What depends on the weights of a pass, and on whether each is [`Item::is_one_product`].
+struct Launches {
+    of: Vec<(u64, bool)>,
+    launches: Vec<Launch>,
+}
+
+struct Launch {
     shape: Shape,
-    on_device: Buffer,
+    strips: Buffer,
     count: u32,
 }
 
@@ -371,7 +376,7 @@ impl Compact {
             });
             terms.extend_from_slice(&item.rows);
         }
-        self.make_strips(queue, items)?;
+        self.lay_out(queue, items)?;
         let wanted = queue.upload_new(&self.taken.to_le_bytes())?;
         let pool = Pool {
             slots: self.pool.as_ref().map_or(0, Buffer::ptr),
@@ -381,21 +386,18 @@ impl Compact {
         };
         let (targets, terms) =
             (queue.upload_new(Row::bytes(&targets))?, queue.upload_new(Row::bytes(&terms))?);
-        for strips in self.strips.iter().flat_map(|(_, strips)| strips) {
-            let shape = strips.shape;
+        for Launch { shape, strips, count } in self.launches.iter().flat_map(|last| &last.launches) {
             let (shared, room) = shape.shared(queue.gpu(), products, fragments);
             let args = [
                 Arg::from(&targets),
                 Arg::from(&terms),
-                Arg::from(&strips.on_device),
+                Arg::from(strips),
                 Arg::from(room as u32),
                 Arg::plain(&pool),
             ];
-            // SAFETY: the kernel's parameters in its order. The host keeps its weights until the stream has passed here; units, factors and slots are
-            // kept by `self`.
-            unsafe {
-                queue.launch("compact", shape.kernel, [strips.count, 1, 1], shape.threads, shared, &args)?
-            };
+            // SAFETY: the kernel's parameters in its order. The host keeps its weights until the stream has passed here; units, factors and
+            // slots are kept by `self`.
+            unsafe { queue.launch("compact", shape.kernel, [*count, 1, 1], shape.threads, shared, &args)? };
         }
         if items.iter().all(|item| item.mode == Mode::Restore) {
             return Ok(self.taken);
@@ -407,12 +409,12 @@ impl Compact {
     }
 
     /// The strips of these weights, which the last pass may have left.
-    fn make_strips(&mut self, queue: &Queue, items: &[Item]) -> Result<()> {
-        let key: Vec<_> = items.iter().map(|item| (item.target.base, item.is_one_product())).collect();
-        if self.strips.as_ref().is_some_and(|(of, _)| *of == key) {
+    fn lay_out(&mut self, queue: &Queue, items: &[Item]) -> Result<()> {
+        let of: Vec<_> = items.iter().map(|item| (item.target.base, item.is_one_product())).collect();
+        if self.launches.as_ref().is_some_and(|last| last.of == of) {
             return Ok(());
         }
-        let mut all = Vec::new();
+        let mut launches = Vec::new();
         for (float, one) in
             [(Float::BF16, true), (Float::BF16, false), (Float::F16, true), (Float::F16, false)]
         {
@@ -421,9 +423,9 @@ impl Compact {
             let strips: Vec<tables::Strip> =
                 own.flat_map(|(i, item)| launch::strips(i, &item.target, 64)).collect();
             let (shape, count) = (launch::compact(float, one), strips.len() as u32);
-            all.push(Strips { shape, on_device: queue.upload_new(Row::bytes(&strips))?, count });
+            launches.push(Launch { shape, strips: queue.upload_new(Row::bytes(&strips))?, count });
         }
-        self.strips = Some((key, all));
+        self.launches = Some(Launches { of, launches });
         Ok(())
     }
 }
