@@ -96,27 +96,53 @@ def test_the_bits_are_the_same_from_run_to_run(tmp_path, dtype, backup):
                 stack.restore()
 
 
-@BACKUP
-@pytest.mark.parametrize("layout", ["contiguous", "rows_apart"])
+EVERYWHERE = ("lora-r7", "loha", "lokr", "full")
+"""Kinds that only add."""
+SOMEWHERE = {
+    "dora-lora-out": ("linear", "odd"),
+    "oft-4-rescaled": ("narrow", "plane"),
+    "boft-4-4": ("linear", "wide"),
+    "ia3-in": ("narrow", "tall"),
+    "glora-r7": ("wide", "plane"),
+    "set": ("row", "odd"),
+}
+"""Kinds that need the pristine weight, by the weights that they are on: "square" and "column" are never among them."""
+
+
+@pytest.mark.parametrize(
+    ("backup", "layout"),
+    [
+        *[(backup, layout) for backup in ("device", "host") for layout in ("contiguous", "rows_apart")],
+        ("compact", "contiguous"),  # takes no other
+        ("auto", "rows_apart"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_a_thousand_random_steps(tmp_path, dtype, layout, backup):
-    host, rng = Host(weights(dtype, FEW), layout), random.Random(f"{dtype} {layout} {backup}")
-    kinds = ["lora-r7", "lokr", "dora-lora-out", "oft-4-rescaled", "full"]
-    adapters = adapters_of(kinds, tmp_path, host)
+    """Only the strengths count, whatever was before, and the base comes back: after 500 steps without a pause too."""
+    shapes = FEW | {name: SHAPES[name] for name in ("square", "narrow", "wide")}
+    host, rng = Host(weights(dtype, shapes), layout), random.Random(f"{dtype} {layout} {backup}")
+    adapters = list(adapters_of(EVERYWHERE, tmp_path, host).values())
+    for kind, names in SOMEWHERE.items():
+        adapters.append(Adapter(kind, tmp_path, {f"{name}.weight": shapes[name] for name in names}))
+        assert adapters[-1].changes, kind
     compared = touched = 0
     with stack_on(host, backup=backup) as stack:
-        handles = [(adapters[kind], stack.add(adapters[kind].path, 0.0)) for kind in kinds]
+        handles = [(adapter, stack.add(adapter.path, 0.0)) for adapter in adapters]
         for step in range(1, 1001):
-            action, which = rng.random(), rng.randrange(len(kinds))
+            action, which = rng.random(), rng.randrange(len(handles))
             adapter, handle = handles[which]
             if action < 0.45:
                 handle.strength = rng.choice([0.0, 1.0, rng.uniform(-2, 2)])
             elif action < 0.55:
                 handle.remove()
                 handles.append((adapter, stack.add(adapter.path, handles.pop(which)[1].strength)))
-            elif action < 0.95:
+            elif action < 0.95 or step < 500:
                 touched += stack.apply().changed
             else:
+                stack.restore()
+                assert host.intact(), step
+            if step == 500:
                 stack.restore()
                 assert host.intact(), step
             if step % 100 == 0:
