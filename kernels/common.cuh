@@ -12,7 +12,8 @@ enum Dtype : u32 { F32 = 0, F16 = 1, BF16 = 2, E4M3 = 3, E5M2 = 4 };
 constexpr u32 LATE16 = 5, LATE8 = 6;
 
 // How a factor's numbers stand in fragments. SPLIT keeps an fp32 number as a sum of three bf16 ones, which is exact: 3 x 8 bits are its 24.
-enum Format : u32 { FORMAT_BF16 = 0, FORMAT_F16 = 1, FORMAT_SPLIT = 2 };
+// UP_SPLIT is of pairs alone: up as SPLIT, down as BF16.
+enum Format : u32 { FORMAT_BF16 = 0, FORMAT_F16 = 1, FORMAT_SPLIT = 2, FORMAT_UP_SPLIT = 3 };
 
 enum Kind : u32 { LOW_RANK = 0, HADAMARD = 1, KRON = 2, DENSE = 3, SCALE_ROWS = 4, SCALE_COLUMNS = 5, REPLACE = 6 };
 
@@ -42,7 +43,7 @@ struct Term {
   const float* gain;  // multiplies the term: one value per row or column of the region; NULL: 1
   float coefficient;  // strength * the file's factor
   u32 kind;
-  u32 format, format2;  // of the pairs' fragments, or the Dtype of a and b
+  u32 format, format2;  // of the pairs, or the Dtype of a and b
   u32 ranks, ranks2;    // blocks of 16
   u32 row, rows, column, columns;  // the region
   u32 gain_axis;

@@ -230,7 +230,7 @@ __device__ __forceinline__ bool merge(Stored<LATE16> (&merged)[4], Stored<LATE16
 
 // The general reader of terms: what was added and what will be, at their strengths.
 struct Sums {
-  using Factors = ::Factors<3, 1, 1>;
+  using Factors = ::Factors<3, 1, 1, 4, true>;
   static constexpr u32 ASIDE = sizeof(Sum) * THREADS;
   Sum before, after;
 
@@ -241,7 +241,7 @@ struct Sums {
   __device__ __forceinline__ void add_all(Factors& factors, void* shared, const Target& target, const Term* terms, const Place<1>& place) {
     clear(before);
     clear(after);
-    const Aside aside = {static_cast<float4(*)[THREADS]>(shared)};
+    const Aside<THREADS> aside = {static_cast<float4(*)[THREADS]>(shared)};
     sum_products(factors.reader, aside, target, terms, place, [&](const Sum& product, const Term& term) {
       add_scaled(before, product, term.carry, target, term, place);
       add_scaled(after, product, term.coefficient, target, term, place);
@@ -263,7 +263,7 @@ struct Sums {
 
 // One product of 16-bit factors on the whole weight: the sum is the same before and after, and only its coefficient changes.
 struct OneProduct {
-  using Factors = ::Factors<2, 1, 1>;
+  using Factors = ::Factors<2, 1, 1, 4, false>;
   static constexpr u32 ASIDE = 0;
   Sum sum[1];
 
@@ -277,8 +277,8 @@ struct OneProduct {
     const Product::Pair& pair = product.pairs[0];
     const bool mine = product.has_block(place.row_block);
     const uint4* up = up_of(pair, place.row_block);
-    if (pair.format == FORMAT_F16) factors.reader.template add_pair<true, 1>(sum, up, 0, product, pair, place.group, mine);
-    else factors.reader.template add_pair<false, 1>(sum, up, 0, product, pair, place.group, mine);
+    if (pair.format == FORMAT_F16) factors.reader.template add_pair<true, 1, 1>(sum, up, 0, product, pair, place.group, mine);
+    else factors.reader.template add_pair<false, 1, 1>(sum, up, 0, product, pair, place.group, mine);
   }
 };
 

@@ -6,6 +6,7 @@
 //
 //   merge_{32,16,e4m3,e5m2}   all terms are low-rank products of 16-bit factors without gain, whose regions begin at multiples of 32 rows and 64 columns
 //                             and end at such or with the weight; tiles of 128 x 64 (64 x 64 of fp32), two side by side but for 8 bits
+//   merge_16_whole            products of any kind and format, with gains or without, and scales of W, in such regions; tiles of 128 x 64, two on their way
 //   merge_{32,16,8}_full      products of any kind and region, and plain terms; 64 x 64
 //   merge_{32,16,8}_plain     all terms are plain; strips of 64 rows and at most 16 tiles
 //   merge_any                 any terms on any weight: strides, odd sizes, odd addresses, one element at a time; 64 x 64
@@ -181,7 +182,7 @@ __device__ __forceinline__ void merge_products(const Target* targets, const Term
   constexpr u32 BLOCKS = SIZE<DTYPE> == 4 ? 1 : 2;
   using Place = ::Place<BLOCKS, ACROSS>;
   using Copied = Tiles<DTYPE, Place, 1, ACROSS>;
-  using Factors = ::Factors<2, BLOCKS, ACROSS>;
+  using Factors = ::Factors<2, BLOCKS, ACROSS, 4, false>;
   __shared__ Target target;
   const Strip strip = strips[blockIdx.x];
   if (threadIdx.x == 0) Factors::init(strip);
@@ -214,10 +215,154 @@ __device__ __forceinline__ void merge_products(const Target* targets, const Term
       const Product::Pair& pair = product.pairs[0];
       const bool mine = product.has_block(place.row_block) && product.touches(place.group / 2);
       // A factor may end with the first block.
-      const u32 step = product.has_block(place.row_block + 1) ? pair.fragments * 32 : 0;
+      const u32 step = product.has_block(place.row_block + 1) ? pair.ups * 32 : 0;
       const uint4* up = up_of(pair, place.row_block);
-      if (pair.format == FORMAT_F16) factors.reader.template add_pair<true, 1>(total, up, step, product, pair, place.group, mine);
-      else factors.reader.template add_pair<false, 1>(total, up, step, product, pair, place.group, mine);
+      if (pair.format == FORMAT_F16) factors.reader.template add_pair<true, 1, 1>(total, up, step, product, pair, place.group, mine);
+      else factors.reader.template add_pair<false, 1, 1>(total, up, step, product, pair, place.group, mine);
+    }
+    write_tile<DTYPE>(tiles.wait(), total, coefficient, target, place, tiles.until());
+    tiles.copy_next();
+  }
+}
+
+// What a term of whole blocks has for every row or column, of a warp's part of a tile: loaded long before it is needed, in two registers. A lane keeps its
+// two rows' numbers, or those of two of the tile's columns, which the others get from it.
+struct Vector {
+  float own[2];
+  bool by_rows;
+
+  template <class Place>
+  __device__ __forceinline__ void load(const float* from, bool by_rows, const Term& term, const Place& place) {
+    this->by_rows = by_rows;
+    const u32 first = by_rows ? place.row - term.row : place.group * 32 + place.lane * 2 - term.column;
+    const u32 step = by_rows ? 8 : 1, last = (by_rows ? term.rows : term.columns) - 1;
+    // Beyond the weight, or the term, any number will do.
+    own[0] = __ldg(from + min(first, last));
+    own[1] = __ldg(from + min(first + step, last));
+  }
+
+  // Calls `visit(n, numbers)` for each of the lane's eights.
+  template <class Visit>
+  __device__ __forceinline__ void for_eights(Visit visit) const {
+    float numbers[8];
+    if (by_rows) {
+#pragma unroll
+      for (u32 n = 0; n < 4; n++) {
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) numbers[i] = own[n % 2];
+        visit(n, numbers);
+      }
+    } else {
+#pragma unroll
+      for (u32 n = 0; n < 4; n += 2) {
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) numbers[i] = __shfl_sync(~0u, own[i % 2], n * 8 + (threadIdx.x & 3) * 4 + i / 2);
+        visit(n, numbers);
+        visit(n + 1, numbers);
+      }
+    }
+  }
+};
+
+// product *= the gains of a term that the warp has a part of.
+__device__ __forceinline__ void multiply_by(Sum& product, const Vector& gains) {
+  gains.for_eights([&](u32 n, const float (&numbers)[8]) {
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) product[n / 2][i / 2][n % 2 * 2 + i % 2] *= numbers[i];
+  });
+}
+
+// total += a SCALE_ROWS or SCALE_COLUMNS that the warp has a part of.
+template <u32 DTYPE, u32 ALL>
+__device__ __forceinline__ void add_scale(Sum& total, const Stored<DTYPE> (*eights)[ALL], const Vector& factors, float coefficient, u32 dtype) {
+  factors.for_eights([&](u32 n, const float (&numbers)[8]) {
+    float w[8];
+    eights[n][threadIdx.x].values(w, dtype);
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) {
+      float& sum = total[n / 2][i / 2][n % 2 * 2 + i % 2];
+      sum = fmaf(coefficient * numbers[i], w[i], sum);
+    }
+  });
+}
+
+// A tile is one of eight warps' below each other: a down factor is brought from L2 for 128 rows at once, and a warp has room for the two sums whose
+// product a HADAMARD is.
+template <u32 DTYPE>
+__device__ __forceinline__ void merge_whole(const Target* targets, const Term* all, const Strip* strips, u32 room) {
+#ifdef LYCORE_RING
+  constexpr u32 COUNT = 2;
+#else
+  constexpr u32 COUNT = 1;
+#endif
+  using Place = ::Place<1, 1, 8>;
+  using Copied = Tiles<DTYPE, Place, COUNT>;
+  using Factors = ::Factors<3, 1, 1, 8, true>;
+  __shared__ Work work;
+  const Strip strip = strips[blockIdx.x];
+  if (threadIdx.x == 0) Factors::init(strip);
+  work.load(targets, all, strip.target);
+  const Target& target = work.target;
+  Copied tiles(shared, target, strip);
+  Factors factors(Copied::BYTES, room, target, work.terms, strip);
+  Place place(strip);
+  factors.wait();
+#pragma unroll 1
+  for (u32 tile = strip.column_tile; tile < strip.column_tile + strip.count; tile++) {
+    place.move_to(tile);
+    Sum total[1];
+    clear(total[0]);
+    float coefficient = 1.0f;
+    // What is asked for now is there when the products are.
+    const auto load_factors = [&](Vector& factors, u32 k) {
+      const Term& term = work.terms[k];
+      factors.load(static_cast<const float*>(term.a), term.kind == SCALE_ROWS, term, place);
+    };
+    Vector factors_of_w;
+    if (target.count > target.products) load_factors(factors_of_w, target.products);
+#pragma unroll 1
+    for (u32 k = 0; k < target.products; k++) {
+      const Product& product = factors.reader.get(k);
+      // In units of this term's coefficient, as in merge_products.
+      const float carry = product.carry;
+      if (k > 0 && carry != 1.0f) {
+#pragma unroll
+        for (int i = 0; i < 32; i++) total[0][i / 16][i / 4 % 4][i % 4] *= carry;
+      }
+      coefficient = product.coefficient;
+      if (!factors.reader.touches(product, tile)) continue;
+      const bool mine = product.has_block(place.row_block) && product.touches(place.group / 2);
+      // What is multiplied by more than its coefficient stands alone until then.
+      const bool alone = k > 0 && (product.count > 1 || product.gained);
+      const Aside<Place::ALL_THREADS> aside = {static_cast<float4(*)[Place::ALL_THREADS]>(factors.end())};
+      if (alone) {
+        aside.put(total[0]);
+        clear(total[0]);
+      }
+      Vector gains;
+      if (product.gained) gains.load(work.terms[k].gain, work.terms[k].gain_axis == 0, work.terms[k], place);
+      add_any_pair(factors.reader, total, up_of(product.pairs[0], place.row_block), 0, product, product.pairs[0], place.group, mine);
+      if (product.count > 1) {
+        Sum second[1];
+        clear(second[0]);
+        add_any_pair(factors.reader, second, up_of(product.pairs[1], place.row_block), 0, product, product.pairs[1], place.group, mine);
+#pragma unroll
+        for (int i = 0; i < 32; i++) total[0][i / 16][i / 4 % 4][i % 4] *= second[0][i / 16][i / 4 % 4][i % 4];
+      }
+      if (product.gained && mine) multiply_by(total[0], gains);
+      if (alone) aside.add(total[0]);
+    }
+    if (target.count > target.products) {
+#pragma unroll
+      for (int i = 0; i < 32; i++) total[0][i / 16][i / 4 % 4][i % 4] *= coefficient;
+      coefficient = 1.0f;
+#pragma unroll 1
+      for (u32 k = target.products; k < target.count; k++) {
+        const Term& term = work.terms[k];
+        if (k > target.products) load_factors(factors_of_w, k);
+        if (place.row_block * 16 - term.row >= term.rows || place.group * 32 - term.column >= term.columns) continue;
+        add_scale<DTYPE>(total[0], tiles.wait(), factors_of_w, term.coefficient * target.scale, dtype_of<DTYPE>(target));
+      }
     }
     write_tile<DTYPE>(tiles.wait(), total, coefficient, target, place, tiles.until());
     tiles.copy_next();
@@ -264,14 +409,14 @@ __device__ __forceinline__ void merge_plain(const Target* targets, const Term* a
 template <u32 DTYPE>
 __device__ __forceinline__ void merge_full(const Target* targets, const Term* all, const Strip* strips, u32 room) {
   using Copied = Tiles<DTYPE, Place<1>, 1>;
-  using Factors = ::Factors<3, 1, 1>;
+  using Factors = ::Factors<3, 1, 1, 4, true>;
   __shared__ Work work;
   const Strip strip = strips[blockIdx.x];
   if (threadIdx.x == 0) Factors::init(strip);
   work.load(targets, all, strip.target);
   const Target& target = work.target;
   Copied tiles(shared, target, strip);
-  Aside aside = {reinterpret_cast<float4(*)[THREADS]>(shared + Copied::BYTES / 16)};
+  Aside<THREADS> aside = {reinterpret_cast<float4(*)[THREADS]>(shared + Copied::BYTES / 16)};
   Factors factors(Copied::BYTES + sizeof(Sum) * THREADS, room, target, work.terms, strip);
   Place<1> place(strip);
   factors.wait();
@@ -307,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_any(const Target* ta
       Sum total;
       clear(total);
       Direct direct(terms);
-      sum_products(direct, Aside{aside}, target, terms, place,
+      sum_products(direct, Aside<THREADS>{aside}, target, terms, place,
                    [&](const Sum& product, const Term& term) { add_scaled(total, product, term.coefficient, target, term, place); });
       parked.park(total);
     }
@@ -354,6 +499,7 @@ MERGE_PRODUCTS(32, F32, 2)
 MERGE_PRODUCTS(16, LATE16, 2)
 MERGE_PRODUCTS(e4m3, E4M3, 1)
 MERGE_PRODUCTS(e5m2, E5M2, 1)
+MERGE_AS(16_whole, 2 * THREADS, 2, merge_whole<LATE16>)
 MERGE_OTHERS(32, F32)
 MERGE_OTHERS(16, LATE16)
 MERGE_OTHERS(8, LATE8)

@@ -65,10 +65,11 @@ struct Barrier {
   }
 };
 
-// FRAGMENTS of a group are in a slot at most; ACROSS tiles stand side by side.
-template <u32 FRAGMENTS, u32 ACROSS>
+// FRAGMENTS of a group are in a slot at most; ACROSS tiles stand side by side, DOWN warps take each. CALLED: filling a slot is a call, where a kernel reads
+// units of many kinds and would not fit in the instruction cache with all that inlined.
+template <u32 FRAGMENTS, u32 ACROSS, u32 DOWN, bool CALLED>
 struct Ring {
-  static constexpr u32 SLOTS = 4, WARPS = 4 * ACROSS;
+  static constexpr u32 SLOTS = 4, WARPS = DOWN * ACROSS;
   static constexpr u32 GROUP = FRAGMENTS * 64, SLOT = 2 * ACROSS * GROUP;  // uint4s
 
   // In shared memory.
@@ -97,7 +98,9 @@ struct Ring {
   u32 unit = 0;
 
   // Whether a product has a part in any of the tiles side by side.
-  __device__ __forceinline__ bool touches(const Product& product, u32 tile) const {
+  __device__ __forceinline__ bool touches(const Product& product, u32 tile) const { return touches(product, tile, last); }
+
+  static __device__ __forceinline__ bool touches(const Product& product, u32 tile, u32 last) {
     bool any = product.touches(tile);
 #pragma unroll
     for (u32 i = 1; i < ACROSS; i++) any |= tile + i < last && product.touches(tile + i);
@@ -105,25 +108,34 @@ struct Ring {
   }
 
   // By a warp: copies the next unit into a slot that is free.
-  __device__ __forceinline__ void fill(u32 slot) {
+  __device__ __forceinline__ void fill(u32 slot) const {
+    if constexpr (CALLED) call_fill(slots, products, state, count, last, slot);
+    else fill(slots, products, state, count, last, slot);
+  }
+
+  static __device__ __noinline__ void call_fill(uint4* slots, const Product* products, State& state, u32 count, u32 last, u32 slot) {
+    fill(slots, products, state, count, last, slot);
+  }
+
+  static __device__ __forceinline__ void fill(uint4* slots, const Product* products, State& state, u32 count, u32 last, u32 slot) {
     if (LYCORE_BULK && threadIdx.x % 32 != 0) return;
     u32 tile = state.tile, i = state.product;
     for (; tile < last; tile += ACROSS, i = 0) {
-      while (i < count && !touches(products[i], tile)) i++;
+      while (i < count && !touches(products[i], tile, last)) i++;
       if (i < count) break;
     }
     if (tile >= last) return;
     const Product& product = products[i];
     const u32 n = state.pair, rank = state.rank;
     const Product::Pair& pair = product.pairs[n];
-    const u32 parts = parts_of(pair.format), until = min(rank + FRAGMENTS / parts, pair.ranks);
+    const u32 parts = down_parts(pair.format), until = min(rank + FRAGMENTS / parts, pair.ranks);
     Barrier& full = state.full[slot];
     const uint4* from = pair.down + u64(tile * 2 * pair.ranks + rank) * parts * 64;
     uint4* to = slots + slot * SLOT;
     const u32 run = (until - rank) * parts * 64;
 #pragma unroll
     for (u32 g = 0; g < 2 * ACROSS; g++) {
-      if (tile + g / 2 < last && product.has_group(tile * 2 + g)) full.fetch(to + g * GROUP, from + g * pair.fragments * 64, run);
+      if (tile + g / 2 < last && product.has_group(tile * 2 + g)) full.fetch(to + g * GROUP, from + g * pair.downs * 64, run);
     }
     full.fetched();
     const bool done = until == pair.ranks, more = done && n + 1 < product.count;
@@ -141,10 +153,11 @@ struct Ring {
   // The next unit, once it is there.
   __device__ __forceinline__ const uint4* next() {
     state.full[unit % SLOTS].wait(unit / SLOTS % 2);
-    return slots + unit % SLOTS * SLOT + (ACROSS > 1 ? threadIdx.x / THREADS * 2 * GROUP : 0);
+    return slots + unit % SLOTS * SLOT + (ACROSS > 1 ? threadIdx.x / (32 * DOWN) * 2 * GROUP : 0);
   }
 
-  // After reading it.
+  // After reading it. compute-sanitizer's racecheck calls what lanes 1 to 31 read a hazard with the next fill: it does not know that __syncwarp puts that
+  // before their first lane's arrival, and is content when every lane arrives itself.
   __device__ __forceinline__ void release() {
     // What is filled is the slot of a unit before, which by now all warps but the slowest are done with.
     constexpr u32 LATER = SLOTS / 2;
@@ -165,9 +178,9 @@ struct Ring {
   __device__ __forceinline__ const Product& get(u32 i) const { return products[i]; }
 
   // products += up @ down, by all warps, if `mine`. `up_step`: between blocks of rows.
-  template <bool HALF, int PARTS, u32 BLOCKS>
+  template <bool HALF, int UPS, int DOWNS, u32 BLOCKS>
   __device__ __forceinline__ void add_pair(Sum (&products)[BLOCKS], const uint4* up, u32 up_step, const Product&, const Product::Pair& pair, u32, bool mine) {
-    constexpr u32 STEP = FRAGMENTS / PARTS;
+    constexpr u32 STEP = FRAGMENTS / DOWNS;
     const u32 ranks = pair.ranks;
 #pragma unroll 1
     for (u32 k = 0; k < ranks; k += STEP) {
@@ -176,9 +189,9 @@ struct Ring {
 #pragma unroll
         for (u32 i = 0; i < STEP; i++) {
           if (k + i >= ranks) break;
-          const uint4* const groups[2] = {down + i * PARTS * 64, down + GROUP + i * PARTS * 64};
-          add_product<HALF, PARTS>(products, up, up_step, groups, 64);
-          up += PARTS * 32;
+          const uint4* const groups[2] = {down + i * DOWNS * 64, down + GROUP + i * DOWNS * 64};
+          add_product<HALF, UPS, DOWNS>(products, up, up_step, groups, 64);
+          up += UPS * 32;
         }
       }
       release();
@@ -190,11 +203,11 @@ struct Ring {
 extern __shared__ uint4 shared[];
 
 // A block's factors. In dynamic shared memory the tiles of the weight come first, `before` bytes, then the ring, then the up factors of the block's rows
-// as far as there is room, which counts fragments of a warp (what does not fit is read where it is), then the table of products.
-template <u32 FRAGMENTS, u32 BLOCKS, u32 ACROSS>
+// as far as there is room, which counts fragments of four warps (what does not fit is read where it is), then the table of products.
+template <u32 FRAGMENTS, u32 BLOCKS, u32 ACROSS, u32 DOWN, bool CALLED>
 struct Factors {
 #ifdef LYCORE_RING
-  using Reader = Ring<FRAGMENTS, ACROSS>;
+  using Reader = Ring<FRAGMENTS, ACROSS, DOWN, CALLED>;
   Reader reader;
 
   static __device__ __forceinline__ typename Reader::State& state() {
@@ -217,7 +230,7 @@ struct Factors {
       for (u32 i = 0; i < Reader::SLOTS; i++) reader.fill(i);
     }
     if (warp == 0 && (!LYCORE_BULK || threadIdx.x == 0)) {
-      constexpr u32 TILE = 4 * BLOCKS;
+      constexpr u32 TILE = DOWN * BLOCKS;
       const u32 block = strip.row_tile * TILE;
       u32 used = 0;
       for (u32 i = 0; i < target.products; i++) {
@@ -225,7 +238,7 @@ struct Factors {
         const u32 first = max(block, product.first_block), last = min(block + TILE, product.first_block + product.blocks);
         for (u32 n = 0; n < product.count; n++) {
           Product::Pair& pair = product.pairs[n];
-          const u32 need = BLOCKS * pair.fragments, each = pair.fragments * 32;
+          const u32 need = TILE / 4 * pair.ups, each = pair.ups * 32;
           if (used + need > room) continue;
           uint4* to = ups + used * THREADS;
           used += need;
@@ -241,11 +254,16 @@ struct Factors {
 
   // Until the up factors are there.
   __device__ __forceinline__ void wait() { state().ups.wait(0); }
+
+  // Shared memory behind all of it.
+  __device__ __forceinline__ void* end() const { return reader.products + reader.count; }
 #else
   Direct reader;
+  void* behind;
 
   static __device__ __forceinline__ void init(const Strip&) {}
-  __device__ __forceinline__ Factors(u32, u32, const Target&, const Term* terms, const Strip&) : reader(terms) {}
+  __device__ __forceinline__ Factors(u32 before, u32, const Target&, const Term* terms, const Strip&) : reader(terms), behind(shared + before / 16) {}
   __device__ __forceinline__ void wait() {}
+  __device__ __forceinline__ void* end() const { return behind; }
 #endif
 };

@@ -32,12 +32,13 @@ struct Spot {
 
 // block += up @ down of one rank block and half a group: products 2 * half and 2 * half + 1. Small products first; what is left out is below 2^-24
 // of the whole.
-template <bool HALF, int PARTS>
-__device__ __forceinline__ void add_block(float (&block)[2][4], const uint4 (&left)[PARTS], const uint4 (&right)[PARTS]) {
+template <bool HALF, int UPS, int DOWNS>
+__device__ __forceinline__ void add_block(float (&block)[2][4], const uint4 (&left)[UPS], const uint4 (&right)[DOWNS]) {
 #pragma unroll
-  for (int order = PARTS - 1; order >= 0; order--) {
+  for (int order = UPS - 1; order >= 0; order--) {
 #pragma unroll
     for (int p = 0; p <= order; p++) {
+      if (order - p >= DOWNS) continue;
       mma<HALF>(block[0], left[p], right[order - p].x, right[order - p].y);
       mma<HALF>(block[1], left[p], right[order - p].z, right[order - p].w);
     }
@@ -56,21 +57,22 @@ __device__ __forceinline__ void add_rounded(Group& sum, int half, float coeffici
 
 // total += coefficient * up @ down, in two groups, the second `other` uint4s behind the first. As many loads as there are registers for are issued
 // before the first is needed.
-template <bool HALF, int PARTS>
+template <bool HALF, int UPS, int DOWNS>
 __device__ __forceinline__ void add_whole(Group (&total)[2], const uint4* up, const uint4* down, u32 other, u32 ranks, float coefficient) {
-  constexpr u32 STEP = PARTS == 1 ? 2 : 1;
+  constexpr u32 STEP = UPS == 1 ? 2 : 1;
 #pragma unroll 1
   for (u32 left_over = ranks; left_over;) {
-    uint4 left[STEP][PARTS], right[STEP][4][PARTS];  // [group * 2 + half]
+    uint4 left[STEP][UPS], right[STEP][4][DOWNS];  // [group * 2 + half]
     // After an odd number the last again, at 0: a branch would keep its loads back.
     const u32 next = left_over > 1 ? 1 : 0;
 #pragma unroll
     for (u32 k = 0; k < STEP; k++) {
 #pragma unroll
-      for (int p = 0; p < PARTS; p++) {
-        left[k][p] = __ldg(up + (k * next * PARTS + p) * 32);
+      for (int p = 0; p < UPS; p++) {
+        left[k][p] = __ldg(up + (k * next * UPS + p) * 32);
+        if (p >= DOWNS) continue;
 #pragma unroll
-        for (int i = 0; i < 4; i++) right[k][i][p] = __ldg(down + i / 2 * other + (k * next * PARTS + p) * 64 + i % 2 * 32);
+        for (int i = 0; i < 4; i++) right[k][i][p] = __ldg(down + i / 2 * other + (k * next * DOWNS + p) * 64 + i % 2 * 32);
       }
     }
 #pragma unroll
@@ -79,32 +81,33 @@ __device__ __forceinline__ void add_whole(Group (&total)[2], const uint4* up, co
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         float block[2][4] = {};
-        add_block<HALF, PARTS>(block, left[k], right[k][i]);
+        add_block<HALF, UPS, DOWNS>(block, left[k], right[k][i]);
         add_rounded(total[i / 2], i % 2, factor, block);
       }
     }
-    up += STEP * PARTS * 32;
-    down += STEP * PARTS * 64;
+    up += STEP * UPS * 32;
+    down += STEP * DOWNS * 64;
     left_over -= min(STEP, left_over);
   }
 }
 
 // sum += up @ down, in one group.
-template <bool HALF, int PARTS>
+template <bool HALF, int UPS, int DOWNS>
 __device__ __forceinline__ void add_pair(Group& sum, const uint4* up, const uint4* down, u32 ranks) {
 #pragma unroll 1
   for (u32 k = 0; k < ranks; k++) {
-    uint4 left[PARTS], right[2][PARTS];
+    uint4 left[UPS], right[2][DOWNS];
 #pragma unroll
-    for (int p = 0; p < PARTS; p++) {
-      left[p] = __ldg(up + (k * PARTS + p) * 32);
-      right[0][p] = __ldg(down + (k * PARTS + p) * 64);
-      right[1][p] = __ldg(down + (k * PARTS + p) * 64 + 32);
+    for (int p = 0; p < UPS; p++) {
+      left[p] = __ldg(up + (k * UPS + p) * 32);
+      if (p >= DOWNS) continue;
+      right[0][p] = __ldg(down + (k * DOWNS + p) * 64);
+      right[1][p] = __ldg(down + (k * DOWNS + p) * 64 + 32);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       float block[2][4] = {};
-      add_block<HALF, PARTS>(block, left, right[half]);
+      add_block<HALF, UPS, DOWNS>(block, left, right[half]);
       add_rounded(sum, half, 1.0f, block);
     }
   }
@@ -112,11 +115,11 @@ __device__ __forceinline__ void add_pair(Group& sum, const uint4* up, const uint
 
 // Where a lane's fragments of a factor begin: of 16 rows, of 32 columns.
 __device__ __forceinline__ const uint4* up_of(const void* up, u32 format, u32 ranks, u32 block) {
-  return static_cast<const uint4*>(up) + u64(block) * ranks * parts_of(format) * 32 + (threadIdx.x & 31);
+  return static_cast<const uint4*>(up) + u64(block) * ranks * up_parts(format) * 32 + (threadIdx.x & 31);
 }
 
 __device__ __forceinline__ const uint4* down_of(const void* down, u32 format, u32 ranks, u32 group) {
-  return static_cast<const uint4*>(down) + u64(group) * ranks * parts_of(format) * 64 + (threadIdx.x & 31);
+  return static_cast<const uint4*>(down) + u64(group) * ranks * down_parts(format) * 64 + (threadIdx.x & 31);
 }
 
 // total += a product of any kind and region, in one group. `row_block` and `group` are the warp's in the weight, in units of 16 rows and 32
@@ -133,9 +136,10 @@ __device__ __forceinline__ void add_product(Group& total, float (*parked)[THREAD
     const u32 format = second ? term.format2 : term.format, ranks = second ? term.ranks2 : term.ranks;
     const uint4* up = up_of(second ? term.a2 : term.a, format, ranks, own_block);
     const uint4* down = down_of(second ? term.b2 : term.b, format, ranks, own_group);
-    if (format == FORMAT_SPLIT) add_pair<false, 3>(product, up, down, ranks);
-    else if (format == FORMAT_F16) add_pair<true, 1>(product, up, down, ranks);
-    else add_pair<false, 1>(product, up, down, ranks);
+    if (format == FORMAT_SPLIT) add_pair<false, 3, 3>(product, up, down, ranks);
+    else if (format == FORMAT_UP_SPLIT) add_pair<false, 3, 1>(product, up, down, ranks);
+    else if (format == FORMAT_F16) add_pair<true, 1, 1>(product, up, down, ranks);
+    else add_pair<false, 1, 1>(product, up, down, ranks);
     if (term.kind != HADAMARD || second) break;
     // The first pair's, in shared memory: registers.
 #pragma unroll
@@ -160,12 +164,13 @@ __device__ __forceinline__ void add_products(Group (&total)[2], float (*parked)[
     if (term.kind == LOW_RANK && term.rows == target.rows && term.columns == target.columns) {
       if (place.row_block * 16 >= target.rows) continue;
       // A last tile may have only one group: taken twice, and nobody looks at the other.
-      const u32 other = (place.group + 1) * 32 < target.columns ? term.ranks * parts_of(term.format) * 64 : 0;
+      const u32 other = (place.group + 1) * 32 < target.columns ? term.ranks * down_parts(term.format) * 64 : 0;
       const uint4* up = up_of(term.a, term.format, term.ranks, place.row_block);
       const uint4* down = down_of(term.b, term.format, term.ranks, place.group);
-      if (term.format == FORMAT_SPLIT) add_whole<false, 3>(total, up, down, other, term.ranks, term.coefficient);
-      else if (term.format == FORMAT_F16) add_whole<true, 1>(total, up, down, other, term.ranks, term.coefficient);
-      else add_whole<false, 1>(total, up, down, other, term.ranks, term.coefficient);
+      if (term.format == FORMAT_SPLIT) add_whole<false, 3, 3>(total, up, down, other, term.ranks, term.coefficient);
+      else if (term.format == FORMAT_UP_SPLIT) add_whole<false, 3, 1>(total, up, down, other, term.ranks, term.coefficient);
+      else if (term.format == FORMAT_F16) add_whole<true, 1, 1>(total, up, down, other, term.ranks, term.coefficient);
+      else add_whole<false, 1, 1>(total, up, down, other, term.ranks, term.coefficient);
       continue;
     }
     // The groups take turns as the first: one piece of code, and registers are not indexed late.

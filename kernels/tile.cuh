@@ -1,6 +1,6 @@
 // Tiles of a weight and the sum of terms on them.
 //
-// Four warps take a tile of 4 * BLOCKS * 16 rows and 64 columns, a warp BLOCKS blocks of 16 rows and two groups of 32 columns. In each block and group
+// DOWN warps take a tile of DOWN * BLOCKS * 16 rows and 64 columns, a warp BLOCKS blocks of 16 rows and two groups of 32 columns. In each block and group
 // lane (g, t) holds rows g and g + 8 and the eight columns from t * 8: as they lie in memory, 16 bytes of a 16-bit weight, and as products of fragments
 // leave them (pack.cu). These eights are numbered block * 4 + group * 2 + half.
 #pragma once
@@ -12,22 +12,22 @@ constexpr u32 COLUMNS = 64;
 // [group][product][d]: element 2 * product + d % 2 of the eight in half d / 2.
 typedef float Sum[2][4][4];
 
-// Where a lane's eights are. ACROSS: so many tiles side by side, four warps each.
-template <u32 BLOCKS, u32 ACROSS = 1>
+// Where a lane's eights are. ACROSS: so many tiles side by side, DOWN warps each.
+template <u32 BLOCKS, u32 ACROSS = 1, u32 DOWN = 4>
 struct Place {
-  static constexpr u32 EIGHTS = 4 * BLOCKS, ALL_THREADS = THREADS * ACROSS;
+  static constexpr u32 EIGHTS = 4 * BLOCKS, ALL_THREADS = 32 * DOWN * ACROSS;
   static constexpr bool EVEN = true;
   u32 lane, row, column;  // the lane's first row and column in the weight
   u32 row_block, group;   // the warp's first, in units of 16 rows and 32 columns
 
   __device__ __forceinline__ explicit Place(u32 row_tile) {
     lane = threadIdx.x & 31;
-    row_block = (row_tile * 4 + threadIdx.x / 32 % 4) * BLOCKS;
+    row_block = (row_tile * DOWN + threadIdx.x / 32 % DOWN) * BLOCKS;
     row = row_block * 16 + lane / 4;
   }
   __device__ __forceinline__ explicit Place(const Strip& strip) : Place(strip.row_tile) {}
   __device__ __forceinline__ void move_to(u32 column_tile) {
-    group = (column_tile + (ACROSS > 1 ? threadIdx.x / THREADS : 0)) * (COLUMNS / 32);
+    group = (column_tile + (ACROSS > 1 ? threadIdx.x / (32 * DOWN) : 0)) * (COLUMNS / 32);
     column = group * 32 + lane % 4 * 8;
   }
   __device__ __forceinline__ u32 row_of(u32 eight) const { return row + eight / 4 * 16 + eight % 2 * 8; }
@@ -225,7 +225,9 @@ struct Tiles {
   }
 };
 
-__device__ __forceinline__ u32 parts_of(u32 format) { return format == FORMAT_SPLIT ? 3 : 1; }
+// bf16 or fp16 numbers of one number of a pair's factors.
+__device__ __forceinline__ u32 up_parts(u32 format) { return format >= FORMAT_SPLIT ? 3 : 1; }
+__device__ __forceinline__ u32 down_parts(u32 format) { return format == FORMAT_SPLIT ? 3 : 1; }
 
 __device__ __forceinline__ u32 row_blocks(const Term& term) { return (term.row % 16 + term.rows + 15) / 16; }
 
@@ -258,13 +260,13 @@ __device__ __forceinline__ void clear(Sum& sum) {
 
 // products[block] += up @ down over one rank block, in fp32: tensor cores cut off what they add to a larger number, which many steps would add up to a
 // bias, so that the products of parts are rounded into the sum once. `up` are the warp's fragments, blocks `up_step` apart, `down` those of two groups, parts `step` apart.
-template <bool HALF, int PARTS, u32 BLOCKS>
+template <bool HALF, int UPS, int DOWNS, u32 BLOCKS>
 __device__ __forceinline__ void add_product(Sum (&products)[BLOCKS], const uint4* up, u32 up_step, const uint4* const (&down)[2], u32 step) {
-  uint4 left[BLOCKS][PARTS];
+  uint4 left[BLOCKS][UPS];
 #pragma unroll
   for (int n = 0; n < BLOCKS; n++) {
 #pragma unroll
-    for (int p = 0; p < PARTS; p++) left[n][p] = up[n * up_step + p * 32];
+    for (int p = 0; p < UPS; p++) left[n][p] = up[n * up_step + p * 32];
   }
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -273,20 +275,20 @@ __device__ __forceinline__ void add_product(Sum (&products)[BLOCKS], const uint4
       float own[BLOCKS][2][4] = {};
       // Small products first. What is left out is below 2^-24 of the whole.
 #pragma unroll
-      for (int q = PARTS - 1; q >= 0; q--) {
+      for (int q = DOWNS - 1; q >= 0; q--) {
         const uint4 right = down[i][q * step + half * 32];
 #pragma unroll
-        for (int p = PARTS - 1 - q; p >= 0; p--) {
+        for (int p = UPS - 1 - q; p >= 0; p--) {
 #pragma unroll
           for (int n = 0; n < BLOCKS; n++) {
-            float(&low)[4] = PARTS == 1 ? products[n][i][2 * half] : own[n][0];
-            float(&high)[4] = PARTS == 1 ? products[n][i][2 * half + 1] : own[n][1];
+            float(&low)[4] = UPS == 1 ? products[n][i][2 * half] : own[n][0];
+            float(&high)[4] = UPS == 1 ? products[n][i][2 * half + 1] : own[n][1];
             mma<HALF>(low, left[n][p], right.x, right.y);
             mma<HALF>(high, left[n][p], right.z, right.w);
           }
         }
       }
-      if constexpr (PARTS > 1) {
+      if constexpr (UPS > 1) {
 #pragma unroll
         for (int n = 0; n < BLOCKS; n++) {
 #pragma unroll
@@ -302,13 +304,12 @@ struct Product {
   struct Pair {
     const uint4 *up, *down;  // of the weight's first block and group, wherever the factor begins
     u32 format, ranks;
-    u32 fragments;  // of a block, or half a group
-    u32 unused;
+    u32 ups, downs;  // fragments of a block, and of half a group
   } pairs[2];
   u32 first_block, blocks, first_group, groups;
   float coefficient, carry;
   u32 count;  // of pairs
-  u32 unused;
+  u32 gained;
 
   __device__ __forceinline__ void set(const Term& term) {
     first_block = term.row / 16;
@@ -318,14 +319,16 @@ struct Product {
     coefficient = term.coefficient;
     carry = term.carry;
     count = term.kind == HADAMARD ? 2 : 1;
+    gained = term.gain != nullptr;
 #pragma unroll
     for (u32 n = 0; n < 2; n++) {
       Pair& pair = pairs[n];
       pair.format = n ? term.format2 : term.format;
       pair.ranks = n ? term.ranks2 : term.ranks;
-      pair.fragments = pair.ranks * parts_of(pair.format);
-      pair.up = static_cast<const uint4*>(n ? term.a2 : term.a) - u64(first_block) * pair.fragments * 32;
-      pair.down = static_cast<const uint4*>(n ? term.b2 : term.b) - u64(first_group) * pair.fragments * 64;
+      pair.ups = pair.ranks * up_parts(pair.format);
+      pair.downs = pair.ranks * down_parts(pair.format);
+      pair.up = static_cast<const uint4*>(n ? term.a2 : term.a) - u64(first_block) * pair.ups * 32;
+      pair.down = static_cast<const uint4*>(n ? term.b2 : term.b) - u64(first_group) * pair.downs * 64;
     }
   }
 
@@ -337,7 +340,7 @@ struct Product {
 
 // The up fragments of a block of rows, of the calling lane.
 __device__ __forceinline__ const uint4* up_of(const Product::Pair& pair, u32 row_block) {
-  return pair.up + u64(row_block) * pair.fragments * 32 + (threadIdx.x & 31);
+  return pair.up + u64(row_block) * pair.ups * 32 + (threadIdx.x & 31);
 }
 
 // Products without a ring: factors are read where they are.
@@ -356,7 +359,7 @@ struct Direct {
   __device__ __forceinline__ bool touches(const Product&, u32) const { return true; }
 
   // products += up @ down, by a warp, if `mine`. `up_step`: between blocks of rows.
-  template <bool HALF, int PARTS, u32 BLOCKS>
+  template <bool HALF, int UPS, int DOWNS, u32 BLOCKS>
   __device__ __forceinline__ void add_pair(Sum (&products)[BLOCKS], const uint4* up, u32 up_step, const Product& product, const Product::Pair& pair, u32 group, bool mine) {
     if (!mine) return;
     const uint4* from = pair.down + (threadIdx.x & 31);
@@ -365,11 +368,20 @@ struct Direct {
     const u32 ranks = pair.ranks;
 #pragma unroll 1
     for (u32 k = 0; k < ranks; k++) {
-      const uint4* const groups[2] = {from + (u64(own[0]) * ranks + k) * PARTS * 64, from + (u64(own[1]) * ranks + k) * PARTS * 64};
-      add_product<HALF, PARTS>(products, up + k * PARTS * 32, up_step, groups, 64);
+      const uint4* const groups[2] = {from + (u64(own[0]) * ranks + k) * DOWNS * 64, from + (u64(own[1]) * ranks + k) * DOWNS * 64};
+      add_product<HALF, UPS, DOWNS>(products, up + k * UPS * 32, up_step, groups, 64);
     }
   }
 };
+
+// products += a pair of any format.
+template <class Reader, u32 BLOCKS>
+__device__ __forceinline__ void add_any_pair(Reader& reader, Sum (&products)[BLOCKS], const uint4* up, u32 up_step, const Product& product, const Product::Pair& pair, u32 group, bool mine) {
+  if (pair.format == FORMAT_SPLIT) reader.template add_pair<false, 3, 3>(products, up, up_step, product, pair, group, mine);
+  else if (pair.format == FORMAT_UP_SPLIT) reader.template add_pair<false, 3, 1>(products, up, up_step, product, pair, group, mine);
+  else if (pair.format == FORMAT_F16) reader.template add_pair<true, 1, 1>(products, up, up_step, product, pair, group, mine);
+  else reader.template add_pair<false, 1, 1>(products, up, up_step, product, pair, group, mine);
+}
 
 // Whether element (row, column) of the weight lies in the term's region.
 __device__ __forceinline__ bool inside(const Term& term, u32 row, u32 column) {
@@ -388,7 +400,19 @@ __device__ __forceinline__ void add_scaled(Sum& total, const Sum& product, float
     rows[0] *= upper ? __ldg(term.gain + place.row - term.row) : 0.0f;
     rows[1] *= lower ? __ldg(term.gain + place.row + 8 - term.row) : 0.0f;
   }
-  if (term.rows == target.rows && term.columns == target.columns && !(term.gain && term.gain_axis == 1)) {
+  // What lies outside the weight may be anything.
+  if (term.rows == target.rows && term.columns == target.columns) {
+    if (term.gain && term.gain_axis == 1) {
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        const float gain = coefficient * __ldg(term.gain + min(place.column + i / 8 * 32 + i % 8, target.columns - 1));
+        float* sums = total[i / 8][i / 2 % 4];
+        const float* products = product[i / 8][i / 2 % 4];
+        sums[i % 2] = fmaf(gain, products[i % 2], sums[i % 2]);
+        sums[2 + i % 2] = fmaf(gain, products[2 + i % 2], sums[2 + i % 2]);
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < 32; i++) {
       float& sum = total[i / 16][i / 4 % 4][i % 4];
@@ -408,11 +432,12 @@ __device__ __forceinline__ void add_scaled(Sum& total, const Sum& product, float
   }
 }
 
-// Sums of lanes aside, 16 bytes each at a time.
+// Sums of a block's lanes aside, 16 bytes each at a time.
+template <u32 ALL>
 struct Aside {
-  float4 (*fours)[THREADS];  // [8]
+  float4 (*fours)[ALL];  // [8]
 
-  __device__ __forceinline__ void put(const Sum& sum) {
+  __device__ __forceinline__ void put(const Sum& sum) const {
 #pragma unroll
     for (int j = 0; j < 8; j++) fours[j][threadIdx.x] = make_float4(sum[j / 4][j % 4][0], sum[j / 4][j % 4][1], sum[j / 4][j % 4][2], sum[j / 4][j % 4][3]);
   }
@@ -424,11 +449,19 @@ struct Aside {
       to[0] *= four.x, to[1] *= four.y, to[2] *= four.z, to[3] *= four.w;
     }
   }
+  __device__ __forceinline__ void add(Sum& sum) const {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float4 four = fours[j][threadIdx.x];
+      float* to = sum[j / 4][j % 4];
+      to[0] += four.x, to[1] += four.y, to[2] += four.z, to[3] += four.w;
+    }
+  }
 };
 
 // `add(product, term)` for each of the target's products on the warp's part of it.
 template <class Reader, class Add>
-__device__ __forceinline__ void sum_products(Reader& reader, Aside aside, const Target& target, const Term* terms, const Place<1>& place, Add add) {
+__device__ __forceinline__ void sum_products(Reader& reader, Aside<THREADS> aside, const Target& target, const Term* terms, const Place<1>& place, Add add) {
 #pragma unroll 1
   for (u32 i = 0; i < target.products; i++) {
     const Product& product = reader.get(i);
@@ -441,9 +474,7 @@ __device__ __forceinline__ void sum_products(Reader& reader, Aside aside, const 
       const uint4* up = up_of(pair, place.row_block);
       if (n > 0) aside.put(sum[0]);
       clear(sum[0]);
-      if (pair.format == FORMAT_SPLIT) reader.template add_pair<false, 3>(sum, up, 0, product, pair, place.group, mine);
-      else if (pair.format == FORMAT_F16) reader.template add_pair<true, 1>(sum, up, 0, product, pair, place.group, mine);
-      else reader.template add_pair<false, 1>(sum, up, 0, product, pair, place.group, mine);
+      add_any_pair(reader, sum, up, 0, product, pair, place.group, mine);
       if (n > 0) aside.multiply(sum[0]);
     }
     if (mine) add(sum[0], terms[i]);

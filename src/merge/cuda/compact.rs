@@ -4,7 +4,7 @@
 use super::factors::Wanted;
 use super::launch::{self, Shape, Variant};
 use super::lower::{self, Drafts};
-use super::tables::{self, Format, Kind, Row, Target, Term};
+use super::tables::{self, Kind, Row, Target, Term};
 use super::{aligned, side_by_side, Kept};
 use crate::cuda::{Arg, Buffer, Queue};
 use crate::dtype::Float;
@@ -78,7 +78,7 @@ impl Item {
     fn is_one_product(&self) -> bool {
         let [term] = &self.rows[..] else { return false };
         let whole = term.rows == self.target.rows && term.columns == self.target.columns;
-        whole && term.kind == Kind::LowRank as u32 && term.format != Format::Split as u32
+        whole && term.kind == Kind::LowRank as u32 && !term.is_split()
     }
 }
 
@@ -387,7 +387,7 @@ impl Compact {
         let (targets, terms) =
             (queue.upload_new(Row::bytes(&targets))?, queue.upload_new(Row::bytes(&terms))?);
         for Launch { shape, strips, count } in self.launches.iter().flat_map(|last| &last.launches) {
-            let (shared, room) = shape.shared(queue.gpu(), products, fragments);
+            let (shared, room) = shape.shared(queue.gpu(), products, fragments, false);
             let args = [
                 Arg::from(&targets),
                 Arg::from(&terms),

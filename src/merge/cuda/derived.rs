@@ -228,7 +228,7 @@ impl Norms {
         let kernel = match Variant::of(&part, &terms, reads_aligned(&part, float)) {
             Variant::Any => "squares_any".into(),
             Variant::Plain => format!("squares_{}_plain", tables::name(float)),
-            Variant::Products | Variant::Full => format!("squares_{}", tables::name(float)),
+            Variant::Products | Variant::Whole | Variant::Full => format!("squares_{}", tables::name(float)),
         };
         let index = self.targets.len();
         let (tiles, stride) = match axis {

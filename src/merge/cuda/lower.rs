@@ -2,7 +2,7 @@
 
 use super::derived::Derived;
 use super::factors::{Factors, Wanted};
-use super::tables::{self, Format, Kind, Layout};
+use super::tables::{self, Kind, Layout, Pair};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::merge::ops::{Decompose, LowRank, Op, Region};
@@ -122,10 +122,12 @@ impl Drafts {
                 self.derived.push(Derived::right(op, region, taps)?);
                 let mut draft = place;
                 draft.row.kind = Kind::LowRank as u32;
-                draft.row.format = Format::Split as u32;
+                // W @ a1 is split.
+                let pair = Pair::of(Float::F32, Float::require(op.a2.dtype(), "a factor")?);
+                draft.row.format = pair as u32;
                 draft.row.ranks = (taps * op.a1.shape()[1].div_ceil(16)) as u32;
                 draft.a = Some((index, 0));
-                let down = Wanted::fragments(&op.a2, Layout::Down, Format::Split, region.cols.start);
+                let down = Wanted::fragments(&op.a2, Layout::Down, pair.down(), region.cols.start);
                 draft.factors[1] = Some(down.for_taps(taps));
                 self.rows.push(draft);
             }
@@ -208,29 +210,21 @@ pub(super) fn matrix(shape: &[usize]) -> (usize, usize) {
     (shape.first().copied().unwrap_or(1), shape.iter().skip(1).product())
 }
 
-/// The format of a pair's fragments: as they are where both are bf16 or both fp16, else exactly as fp32.
-fn format_of(up: &Tensor, down: &Tensor) -> Result<Format> {
-    let of = |t: &Tensor| Float::require(t.dtype(), "a factor");
-    Ok(match (of(up)?, of(down)?) {
-        (Float::BF16, Float::BF16) => Format::BF16,
-        (Float::F16, Float::F16) => Format::F16,
-        _ => Format::Split,
-    })
-}
-
 fn product<const N: usize>(
     mut draft: Draft,
     region: &Region,
     pairs: [(&Tensor, &Tensor); N],
 ) -> Result<Draft> {
     for (i, (up, down)) in pairs.into_iter().enumerate() {
-        let format = format_of(up, down)?;
+        let of = |t: &Tensor| Float::require(t.dtype(), "a factor");
+        let pair = Pair::of(of(up)?, of(down)?);
         let ranks = up.shape()[1].div_ceil(16) as u32;
-        draft.factors[2 * i] = Some(Wanted::fragments(up, Layout::Up, format, region.rows.start));
-        draft.factors[2 * i + 1] = Some(Wanted::fragments(down, Layout::Down, format, region.cols.start));
+        draft.factors[2 * i] = Some(Wanted::fragments(up, Layout::Up, pair.up(), region.rows.start));
+        let down = Wanted::fragments(down, Layout::Down, pair.down(), region.cols.start);
+        draft.factors[2 * i + 1] = Some(down);
         match i {
-            0 => (draft.row.format, draft.row.ranks) = (format as u32, ranks),
-            _ => (draft.row.format2, draft.row.ranks2) = (format as u32, ranks),
+            0 => (draft.row.format, draft.row.ranks) = (pair as u32, ranks),
+            _ => (draft.row.format2, draft.row.ranks2) = (pair as u32, ranks),
         }
     }
     draft.row.kind = if N == 1 { Kind::LowRank as u32 } else { Kind::Hadamard as u32 };

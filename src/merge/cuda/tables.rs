@@ -44,6 +44,45 @@ impl Format {
     }
 }
 
+/// How the numbers of a pair of factors stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pair {
+    BF16 = 0,
+    F16 = 1,
+    /// Both split.
+    Split = 2,
+    /// Up split, down as it is: what the other parts of bf16 numbers would add is nothing.
+    UpSplit = 3,
+}
+
+impl Pair {
+    /// The cheapest that is exact.
+    pub fn of(up: Float, down: Float) -> Self {
+        match (up, down) {
+            (Float::BF16, Float::BF16) => Pair::BF16,
+            (Float::F16, Float::F16) => Pair::F16,
+            (_, Float::BF16) => Pair::UpSplit,
+            _ => Pair::Split,
+        }
+    }
+
+    pub fn up(self) -> Format {
+        match self {
+            Pair::BF16 => Format::BF16,
+            Pair::F16 => Format::F16,
+            Pair::Split | Pair::UpSplit => Format::Split,
+        }
+    }
+
+    pub fn down(self) -> Format {
+        match self {
+            Pair::BF16 | Pair::UpSplit => Format::BF16,
+            Pair::F16 => Format::F16,
+            Pair::Split => Format::Split,
+        }
+    }
+}
+
 /// What a term does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -124,10 +163,15 @@ impl Term {
         self.kind <= Kind::Hadamard as u32
     }
 
+    /// Whether its first pair has factors in parts.
+    pub fn is_split(&self) -> bool {
+        self.format >= Pair::Split as u32
+    }
+
     /// Fragments of a product's up factors in a block of rows.
     pub fn fragments(&self) -> usize {
         let of = |format: u32, ranks: u32| {
-            if format == Format::Split as u32 {
+            if format >= Pair::Split as u32 {
                 3 * ranks as usize
             } else {
                 ranks as usize
@@ -288,3 +332,31 @@ macro_rules! rows {
 rows!(
     Target: 88, Term: 104, Strip: 16, Factor: 72, Norm: 48, Right: 80, Tile: 8, Part: 32, Rotation: 136, RotationTile: 32
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pair_is_split_no_further_than_its_numbers_need() {
+        let parts = |up, down| {
+            let pair = Pair::of(up, down);
+            (pair.up().parts(), pair.down().parts())
+        };
+        for (up, down, wanted) in [
+            (Float::BF16, Float::BF16, (1, 1)),
+            (Float::F16, Float::F16, (1, 1)),
+            (Float::F32, Float::BF16, (3, 1)),
+            (Float::F16, Float::BF16, (3, 1)),
+            (Float::BF16, Float::F32, (3, 3)),
+            (Float::F16, Float::F32, (3, 3)),
+        ] {
+            assert_eq!(parts(up, down), wanted, "{up:?} {down:?}");
+        }
+        let two_bytes = [Float::F16, Float::BF16].map(|float| Pair::of(float, float));
+        assert_eq!(
+            two_bytes.map(|pair| (pair.up(), pair.down())),
+            [(Format::F16, Format::F16), (Format::BF16, Format::BF16)]
+        );
+    }
+}
