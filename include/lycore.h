@@ -511,8 +511,8 @@ lycore_status lycore_stack_allow_other_families(struct lycore_stack *stack,
                                                 int32_t allow,
                                                 struct lycore_error **error);
 
-// How results are rounded into weights of 8 bits: LYCORE_ROUNDING_NEAREST (the default) or LYCORE_ROUNDING_STOCHASTIC. Either way beyond the
-// largest number of the dtype it is that number. A weight's noise depends on `seed`, on its name and on nothing else: the same strengths give
+// How results are rounded into weights of 8 bits: LYCORE_ROUNDING_NEAREST (the default) or LYCORE_ROUNDING_STOCHASTIC. Either way what is
+// beyond the largest number of the dtype becomes that number, but for an infinity where the dtype has it. A weight's noise depends on `seed`, on its name and on nothing else: the same strengths give
 // the same bits. Comes before the first adapter.
 //
 // # Safety

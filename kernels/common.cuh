@@ -102,6 +102,8 @@ __device__ __forceinline__ u32 pack_half(float lower, float upper) {
   return float_to_half(lower) | u32(float_to_half(upper)) << 16;
 }
 
+__device__ __forceinline__ u32 is_infinite(float value) { return (__float_as_uint(value) & 0x7fffffff) == 0x7f800000; }
+
 // 8-bit floats: E exponent and M mantissa bits, bias 2^(E-1) - 1. E4M3 is the variant without infinities.
 template <int M>
 struct Eight {
@@ -124,7 +126,8 @@ struct Eight {
   // A magnitude that is multiplied by this has the exponent field of the code as fp32's, subnormal numbers included, and so the code in its upper bits.
   static constexpr u32 FACTOR = u32(BIAS) << 23;  // 2^(BIAS - 127)
 
-  // Rounded to nearest even or, with 16 random bits, up with the probability of the distance; never beyond the largest number.
+  // Rounded to nearest even or, with 16 random bits, up with the probability of the distance; never beyond the largest number, but for an infinity
+  // where the format has it: that is no sum of finite weights, and a number of the format is never changed.
   static __device__ __forceinline__ u32 write(float value, bool stochastic, u32 random) {
     const u32 bits = __float_as_uint(value);
     if ((bits & 0x7fffffff) > 0x7f800000) return NOT_A_NUMBER;
@@ -138,11 +141,13 @@ struct Eight {
       const float units = fmaf(size, bits_to_float((u32(127 + 127 + M) << 23) - exponent), 8388608.0f);
       code = (__float_as_uint(units) & 0xff) + (exponent >> DROPPED) - (SMALLEST >> DROPPED);
     }
+    // Infinity's code comes after that of the largest number.
+    if (M == 2) code += is_infinite(value);
     return code | (bits >> 24 & 0x80);
   }
 };
 
-// Two numbers as codes, rounded to nearest even; the first in the lowest byte.
+// Two numbers as codes, rounded to nearest even; the first in the lowest byte. Infinity is as the largest number or stays, by the device.
 __device__ __forceinline__ u32 pack_eights(u32 dtype, float first, float second) {
 #if __CUDA_ARCH__ >= 890
   u32 pair;

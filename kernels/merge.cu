@@ -58,7 +58,8 @@ __device__ __forceinline__ void finish(u32 dtype, u32 (&codes)[8], const float (
 // The highest bytes of four words.
 __device__ __forceinline__ u32 high_bytes(u32 a, u32 b, u32 c, u32 d) { return __byte_perm(__byte_perm(a, b, 0x0073), __byte_perm(c, d, 0x0073), 0x5410); }
 
-// Eight numbers as codes of 8 bits (`Eight::write` has the reasons). `noise`: `Noise::start` of the first pair. NaN is right only to nearest.
+// Eight numbers as codes of 8 bits (`Eight::write` has the reasons). `noise`: `Noise::start` of the first pair. NaN is right only to nearest, infinity
+// not at all.
 __device__ __forceinline__ void encode_eight(u32 dtype, u32 (&raw)[2], const float (&x)[8], bool stochastic, u32 noise) {
   if (!stochastic) {
 #pragma unroll
@@ -131,6 +132,8 @@ __device__ __forceinline__ Stored<DTYPE> add_to_eight(const Stored<DTYPE>& old, 
       const u32 mask = (SIZE<DTYPE> == 4 ? ~0u : (1u << 8 * SIZE<DTYPE> % 32) - 1) << i % EACH * 8 * SIZE<DTYPE>;
       u32& word = result.raw[i / EACH];
       if (SIZE<DTYPE> == 1 && sum[i] != sum[i]) word = (word & ~mask) | (0x7f7f7f7f & mask);
+      // Its code comes after that of the largest number.
+      if (SIZE<DTYPE> == 1 && dtype == E5M2 && is_infinite(sum[i])) word = (word & ~(0x7f7f7f7f & mask)) | (0x7c7c7c7c & mask);
       // Where nothing is added every bit stays, -0 and NaN included.
       if (sums[i] * coefficient == 0.0f) word = (word & ~mask) | (old.raw[i / EACH] & mask);
     }

@@ -168,18 +168,18 @@ impl View {
 
     /// Whether the elements lie row-major without holes.
     pub fn is_contiguous(&self) -> bool {
-        self.count() == 0
-            || self
-                .strides
-                .iter()
-                .zip(row_major(&self.shape))
-                .zip(&self.shape)
-                .all(|((&s, r), &d)| d == 1 || s == r)
+        let mut packed = 1usize;
+        let in_place = |(&size, &stride): (&usize, &usize)| {
+            let fits = size == 1 || stride == packed;
+            packed = packed.saturating_mul(size);
+            fits
+        };
+        self.count() == 0 || self.shape.iter().zip(&self.strides).rev().all(in_place)
     }
 
     /// Whether several indices may reach the same element, as in an expanded tensor. Sure where it says no.
     pub fn repeats_elements(&self) -> bool {
-        if self.count() == 0 {
+        if self.is_contiguous() {
             return false;
         }
         let mut axes: Vec<_> = self.strides.iter().zip(&self.shape).filter(|(_, &size)| size > 1).collect();

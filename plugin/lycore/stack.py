@@ -149,7 +149,9 @@ class Stack(Closable):
             held = weight.detach() if is_torch(weight) else weight
             self._weights[name] = (Descriptor(held, name, writable=True), weight)
         # Asked before every merge of what may be a thousand weights: only what is needed for the question.
-        self._addresses = [(w.data_ptr, d.c.data or 0) for d, w in self._weights.values() if is_torch(w)]
+        tensors = [(d, w) for d, w in self._weights.values() if is_torch(w)]
+        self._addresses = [d.c.data or 0 for d, _ in tensors]
+        self._where_now = [w.data_ptr for _, w in tensors]
         cuda = [d.cuda_index for d, _ in self._weights.values() if d.cuda_index is not None]
         self._cuda_index: int | None = cuda[0] if cuda else None
         library = library_for(self._cuda_index)
@@ -246,13 +248,13 @@ class Stack(Closable):
         if self._owner is not None:
             self.restore()
             self._owner = None
-            self._weights, self._addresses = {}, []
+            self._weights, self._addresses, self._where_now = {}, [], []
 
     def _stream(self) -> int | None:
         return stream_of(self._handle().library.build.links_torch, self._cuda_index)
 
     def _check_memory(self) -> None:
-        if all(address() == known for address, known in self._addresses):
+        if [address() for address in self._where_now] == self._addresses:
             return
         for name, (descriptor, weight) in self._weights.items():
             if is_torch(weight) and weight.data_ptr() != (descriptor.c.data or 0):

@@ -6,15 +6,16 @@
 //!
 //! Order between calls on different streams is kept by events ([`Gpu::on`]): a call's stream first waits for all that ended before
 //! it, and leaves an event behind. Memory may therefore be dropped at any time: it is freed on a stream of this library's own, behind
-//! those events.
+//! those events, or where that would keep a caller waiting by a thread (`release.rs`).
 
 mod images;
 mod memory;
 mod queue;
+mod release;
 #[cfg(test)]
 mod tests;
 
-pub use memory::{Buffer, Pinned};
+pub use memory::{Buffer, Pinned, ALIGN};
 pub use queue::{Arg, Queue};
 
 use crate::error::{Error, Result};
@@ -245,7 +246,8 @@ impl Gpu {
         self.shared_memory
     }
 
-    /// Free and total bytes. What torch's allocator keeps for itself counts as used, what this library's pool keeps too.
+    /// Free and total bytes. What torch's allocator keeps for itself counts as used, what this library's pool keeps too; what is about to go
+    /// back to the driver counts as free.
     pub fn memory(&self) -> Result<(usize, usize)> {
         let _current = self.enter()?;
         let (mut free, mut total) = (0, 0);
@@ -253,7 +255,7 @@ impl Gpu {
         self.check(unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }, || {
             "asking for free memory".into()
         })?;
-        Ok((free, total))
+        Ok((free + release::waiting_on(self), total))
     }
 
     /// Makes its context the calling thread's until the guard is dropped.

@@ -1,7 +1,7 @@
 //! Work on a stream, and the order between streams.
 
-use super::memory::Buffer;
-use super::{sys, Current, Gpu, Stream, PER_THREAD};
+use super::memory::{Buffer, Cursor};
+use super::{release, sys, Current, Gpu, Stream, PER_THREAD};
 use crate::error::{Error, Result};
 use std::ffi::c_void;
 use std::marker::PhantomData;
@@ -70,18 +70,21 @@ impl Gpu {
         self.check(unsafe { sys::cuMemFreeAsync(address, self.own) }, || "freeing memory".into())
     }
 
-    /// Waits for all that has been enqueued through this library so far; not for other work on the device.
-    pub(super) fn settle(&self) -> Result<()> {
+    /// An event behind all that has been enqueued through this library so far, and behind no other work on the device.
+    pub(super) fn mark(&self) -> Result<sys::CUevent> {
         let _current = self.enter()?;
         let mut order = self.order.lock();
         order.join(self)?;
         let event = order.event(self)?;
-        let recorded = self.record(event, self.own);
-        // Others may enqueue meanwhile; the event is nobody else's.
-        drop(order);
-        let waited = recorded.and_then(|()| self.wait_for(event));
-        self.recycle(event);
-        waited
+        self.record(event, self.own).inspect_err(|_| order.spare.push(event))?;
+        Ok(event)
+    }
+
+    /// Whether the device is past an event; not where that cannot be told.
+    pub(super) fn has_passed(&self, event: sys::CUevent) -> bool {
+        let Ok(_current) = self.enter() else { return false };
+        // SAFETY: the event is never destroyed.
+        unsafe { sys::cuEventQuery(event) == sys::CUresult::CUDA_SUCCESS }
     }
 
     /// An event that no one else records.
@@ -220,7 +223,12 @@ impl Queue {
         let mut address = 0;
         if bytes > 0 {
             // SAFETY: the pointer is to a live integer; the stream is alive.
-            let code = unsafe { sys::cuMemAllocAsync(&mut address, bytes, self.stream) };
+            let mut alloc = || unsafe { sys::cuMemAllocAsync(&mut address, bytes, self.stream) };
+            let mut code = alloc();
+            // Better late than not at all.
+            if code == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY && release::finish(|_| true) {
+                code = alloc();
+            }
             self.gpu.check(code, || {
                 let free =
                     self.gpu.memory().map_or("an unknown number of".into(), |(free, _)| free.to_string());
@@ -249,14 +257,33 @@ impl Queue {
     /// # Safety
     /// `to` is the address of as many bytes of device memory, alive until the stream has passed here.
     pub unsafe fn upload(&self, bytes: &[u8], to: u64) -> Result<()> {
-        let mut at = 0;
-        while at < bytes.len() {
+        match bytes {
+            [] => Ok(()),
+            // SAFETY: the caller's promise.
+            _ => unsafe { self.upload_parts(&[(to, bytes)]) },
+        }
+    }
+
+    /// As [`Queue::upload`], for many parts at once: (to, bytes). What lies between two neighbours less than [`ALIGN`](super::ALIGN) apart is
+    /// overwritten.
+    ///
+    /// # Safety
+    /// Each `to` is the address of as many bytes of device memory, and what lies between two neighbours less than that apart is device memory, too,
+    /// that holds nothing; alive until the stream has passed here.
+    pub unsafe fn upload_parts(&self, parts: &[(u64, &[u8])]) -> Result<()> {
+        let mut cursor = Cursor::default();
+        while !cursor.is_over(parts) {
             // The lock is per piece, so that a large upload does not keep others waiting for its end.
             let mut staging = self.gpu.staging.lock();
-            // SAFETY: the caller's promise, for the part from `at` on.
-            at += unsafe { staging.send(self, &bytes[at..], to + at as u64) }?;
+            // SAFETY: the caller's promise.
+            unsafe { staging.send(self, parts, &mut cursor) }?;
         }
         Ok(())
+    }
+
+    /// What is enqueued from here on comes after an event of any device.
+    pub(super) fn wait_behind(&self, event: sys::CUevent) -> Result<()> {
+        self.gpu.order_behind(self.stream, event)
     }
 
     /// A new buffer with these bytes; see [`Queue::upload`].

@@ -115,7 +115,7 @@ fn later_calls_on_other_streams_see_earlier_work_and_memory_may_go_early() {
     let large = vec![1f32; 16 << 20];
     let n = large.len() as u32;
     let y = gpu.on(streams[0], |queue| queue.upload_new(&bytes(&large))).unwrap();
-    let mut pinned = Pinned::new(gpu, y.len()).unwrap();
+    let mut pinned = gpu.on(streams[0], |queue| queue.lock(y.len())).unwrap();
     for round in 0..20 {
         gpu.on(streams[round % streams.len()], |queue| {
             // Dropped while the kernel that reads it is running, and allocated anew at once.
@@ -146,12 +146,50 @@ fn later_calls_on_other_streams_see_earlier_work_and_memory_may_go_early() {
     // Dropped with a transfer under way.
     pinned.as_mut_slice().fill(7);
     gpu.on(streams[1], |queue| {
-        let to = queue.alloc(pinned.len())?;
+        let to = queue.alloc(pinned.as_slice().len())?;
         // SAFETY: both are that long and freed behind the transfer.
         unsafe { queue.copy(pinned.ptr(), to.ptr(), to.len()) }
     })
     .unwrap();
     drop(pinned);
+}
+
+#[test]
+fn large_memory_is_given_back_by_itself_or_taken_again() {
+    let Some(gpu) = device() else { return };
+    let streams = [stream(gpu), stream(gpu), Stream::default()];
+    let size = 300 << 20;
+    let everything = vec![0x5a; size];
+    for round in 0..12 {
+        // Dropped while it is written, and wanted at once: what comes later in time comes later on the device, too.
+        gpu.on(streams[round % 3], |queue| {
+            let (first, mut locked) = (queue.alloc_large(size)?, queue.lock(size)?);
+            queue.wait()?;
+            locked.as_mut_slice().fill(7);
+            // SAFETY: all are that long; the host touches nothing again.
+            unsafe {
+                queue.zero(first.ptr(), size)?;
+                queue.copy(locked.ptr(), first.ptr(), size)
+            }
+        })
+        .unwrap();
+        let mut got = vec![0; size];
+        gpu.on(streams[(round + 1) % 3], |queue| {
+            let (second, mut locked) = (queue.alloc_large(size)?, queue.lock(size)?);
+            // SAFETY: all are that long. What the transfer above reads is read by now, or is not what this call got.
+            unsafe {
+                queue.upload(&everything, second.ptr())?;
+                queue.copy(second.ptr(), locked.ptr(), size)?;
+                queue.wait()?;
+                got.copy_from_slice(locked.as_mut_slice());
+                Ok(())
+            }
+        })
+        .unwrap();
+        assert!(got == everything, "round {round}");
+    }
+    release::finish(|_| true);
+    assert_eq!(release::waiting_on(gpu), 0);
 }
 
 #[test]

@@ -261,8 +261,8 @@ pub const LYCORE_ROUNDING_NEAREST: i32 = 0;
 /// Results in weights of 8 bits are rounded up or down with the probability of the distance; others to nearest.
 pub const LYCORE_ROUNDING_STOCHASTIC: i32 = 1;
 
-/// How results are rounded into weights of 8 bits: LYCORE_ROUNDING_NEAREST (the default) or LYCORE_ROUNDING_STOCHASTIC. Either way beyond the
-/// largest number of the dtype it is that number. A weight's noise depends on `seed`, on its name and on nothing else: the same strengths give
+/// How results are rounded into weights of 8 bits: LYCORE_ROUNDING_NEAREST (the default) or LYCORE_ROUNDING_STOCHASTIC. Either way what is
+/// beyond the largest number of the dtype becomes that number, but for an infinity where the dtype has it. A weight's noise depends on `seed`, on its name and on nothing else: the same strengths give
 /// the same bits. Comes before the first adapter.
 ///
 /// # Safety

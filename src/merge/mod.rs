@@ -45,7 +45,7 @@ pub struct Work<'a> {
 }
 
 /// `out = base + sum of terms` for every job, computed on `device`, wherever the two are. On a GPU the work is enqueued on `stream`.
-/// `between` hears, now and then and at first, how many jobs are done; its error stops the work.
+/// `between` hears, now and then and at first, how many jobs are done; its error stops the work. Every `out` has passed [`check_target`].
 pub fn merge_all(
     device: Device,
     stream: Stream,
@@ -53,9 +53,12 @@ pub fn merge_all(
     prepared: &mut Prepared,
     between: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<()> {
-    jobs.iter().try_for_each(|job| check_target(job.name, job.out))?;
     let Device::Cuda(index) = device else { return cpu::merge_all(jobs, between) };
     match fused(index) {
+        #[cfg(feature = "torch")]
+        Ok(gpu) if jobs.iter().all(|job| cuda::has_kernels(gpu, job)) => {
+            gpu.on(stream, |queue| cuda::merge_from_anywhere(queue, jobs, &mut prepared.cuda, between))
+        }
         #[cfg(feature = "torch")]
         Ok(gpu) => {
             // libtorch turns on the GPU what the kernels would leave to the CPU.
@@ -91,7 +94,6 @@ pub fn merge_in_place(
     prepared: &mut Prepared,
     compact: &mut cuda::Compact,
 ) -> Result<()> {
-    jobs.iter().try_for_each(|job| check_target(job.name, job.out))?;
     fused(index)?.on(stream, |queue| compact.merge(queue, jobs, &mut prepared.cuda))
 }
 
@@ -107,6 +109,7 @@ pub fn restore_in_place(
 
 /// As [`merge_all`] for one job, where its result is.
 pub fn merge(stream: Stream, job: &Work<'_>, prepared: &mut Prepared) -> Result<()> {
+    check_target(job.name, job.out)?;
     merge_all(job.out.device(), stream, std::slice::from_ref(job), prepared, &mut |_| Ok(()))
 }
 

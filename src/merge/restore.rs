@@ -1,7 +1,7 @@
 //! The pristine copies of weights. Every change of strengths starts from them, so nothing accumulates and restore is exact to the bit.
 
 use super::cuda;
-use crate::cuda::{Buffer, Gpu, Pinned, Queue, Stream};
+use crate::cuda::{Buffer, Gpu, Pinned, Queue, Stream, ALIGN};
 use crate::error::{Error, Result};
 use crate::view::{Device, Rows, View};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,7 +30,7 @@ pub struct Backup {
 #[allow(dead_code)] // the fields keep the memory that `view` shows
 enum Own {
     Bytes(Vec<u8>),
-    /// One piece for all copies that were taken together.
+    /// One piece for many copies that were taken together.
     Device(Arc<Buffer>),
     Pinned(Arc<Pinned>),
     #[cfg(feature = "torch")]
@@ -170,32 +170,47 @@ fn all(work: impl Iterator<Item = Result<()>>) -> Result<()> {
     result
 }
 
-/// Copies of GPU weights, all in one piece of device or page-locked host memory.
+/// Host memory that is locked at once: while one piece is copied down, the next is locked.
+const PIECE: usize = 256 << 20;
+
+/// Copies of GPU weights, in one piece of device memory or in pieces of page-locked host memory.
 fn on_gpu(queue: &Queue, weights: &[(&str, &View)], place: BackupPlace) -> Result<Vec<Backup>> {
-    // The fast kernels want rows at 16 bytes.
-    let size = |weight: &View| weight.byte_len().next_multiple_of(256);
-    let total = weights.iter().map(|(_, weight)| size(weight)).sum();
-    let gpu: &'static Gpu = queue.gpu();
-    let (start, device, own): (u64, Device, Box<dyn Fn() -> Own>) = match place {
-        BackupPlace::Device | BackupPlace::Auto | BackupPlace::Compact => {
-            let memory = Arc::new(queue.alloc(total)?);
-            (memory.ptr(), Device::Cuda(gpu.index()), Box::new(move || Own::Device(memory.clone())))
+    let size = |weight: &View| weight.byte_len().next_multiple_of(ALIGN);
+    let mut backups = Vec::with_capacity(weights.len());
+    let mut rest = weights;
+    while !rest.is_empty() {
+        let mut total = 0;
+        let mut fits = |&(_, weight): &(&str, &View)| {
+            total += size(weight);
+            place != BackupPlace::Host || total <= PIECE
+        };
+        let count = rest.iter().position(|weight| !fits(weight)).unwrap_or(rest.len()).max(1);
+        let (some, others) = rest.split_at(count);
+        let total = some.iter().map(|(_, weight)| size(weight)).sum();
+        let (mut at, device, own): (u64, Device, Box<dyn Fn() -> Own>) = match place {
+            BackupPlace::Device | BackupPlace::Auto | BackupPlace::Compact => {
+                let memory = Arc::new(queue.alloc_large(total)?);
+                let device = Device::Cuda(queue.gpu().index());
+                (memory.ptr(), device, Box::new(move || Own::Device(memory.clone())))
+            }
+            BackupPlace::Host => {
+                let memory = Arc::new(queue.lock(total)?);
+                (memory.ptr(), Device::Cpu, Box::new(move || Own::Pinned(memory.clone())))
+            }
+        };
+        for (_, weight) in some {
+            // SAFETY: a part of the memory that `own` keeps.
+            let view =
+                unsafe { View::from_raw(at as *mut u8, device, weight.dtype(), weight.shape(), None)? };
+            backups.push(Backup::new(view, own()));
+            at += size(weight) as u64;
         }
-        BackupPlace::Host => {
-            let memory = Arc::new(Pinned::new(gpu, total)?);
-            (memory.ptr(), Device::Cpu, Box::new(move || Own::Pinned(memory.clone())))
-        }
-    };
-    let (mut at, mut backups) = (start, Vec::with_capacity(weights.len()));
-    for (_, weight) in weights {
-        // SAFETY: a part of the memory that `own` keeps.
-        let view = unsafe { View::from_raw(at as *mut u8, device, weight.dtype(), weight.shape(), None)? };
-        backups.push(Backup::new(view, own()));
-        at += size(weight) as u64;
+        let copies = &backups[backups.len() - count..];
+        let views: Vec<_> =
+            some.iter().zip(copies).map(|((name, weight), b)| (*name, *weight, &b.view)).collect();
+        cuda::copy(queue, &views)?;
+        rest = others;
     }
-    let views: Vec<_> =
-        weights.iter().zip(&backups).map(|((name, weight), b)| (*name, *weight, &b.view)).collect();
-    cuda::copy(queue, &views)?;
     if place == BackupPlace::Host {
         // From here on the CPU reads them too.
         queue.wait()?;

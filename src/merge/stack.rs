@@ -3,7 +3,7 @@
 use super::bypass::Geometry;
 use super::cuda::Compact;
 use super::ops::{seed_of, Region, Storage, Term};
-use super::plan::{Binding, Rules, Strengths};
+use super::plan::{Binding, Bound, Rules, Strengths};
 use super::restore::{prove, Backup, BackupPlace};
 use super::{Prepared, Work};
 use crate::adapter::Adapter;
@@ -38,6 +38,8 @@ pub struct Stack {
     /// Of stochastic rounding, if that is wanted.
     seed: Option<u32>,
     self_check: bool,
+    /// What the weights hold; of one that is changed and has nothing here it is not known.
+    applied: Contents,
     prepared: Prepared,
     /// Of weights that are merged in place, by their device.
     compact: HashMap<usize, Compact>,
@@ -47,19 +49,63 @@ pub struct Stack {
 struct Target {
     name: String,
     weight: View,
+    /// Whether several indices reach the same element, which nothing can be merged into.
+    repeats: bool,
     storage: Storage,
+    /// The base, from when the weight is first changed until it holds the base again.
     backup: Option<Backup>,
     /// Of the base, where that was asked for.
     checksum: Option<u64>,
-    /// What the live weight holds: (adapter, index into its binding, strength).
-    applied: Vec<(AdapterId, usize, f64)>,
+}
+
+/// (adapter, index into its binding, strength)
+type Content = (AdapterId, usize, f64);
+
+/// What is added to every target.
+#[derive(Default)]
+struct Contents {
+    /// Target by target, in the order of the adapters.
+    all: Vec<Content>,
+    /// Where those of each target begin, and the end.
+    first: Vec<usize>,
+}
+
+impl Contents {
+    /// Sorts (target, content) by target.
+    fn new(targets: usize, found: &[(usize, Content)]) -> Self {
+        let mut first = vec![0; targets + 1];
+        found.iter().for_each(|(target, _)| first[target + 1] += 1);
+        (0..targets).for_each(|i| first[i + 1] += first[i]);
+        let (mut next, mut all) = (first.clone(), vec![(0, 0, 0.0); found.len()]);
+        for &(target, content) in found {
+            all[next[target]] = content;
+            next[target] += 1;
+        }
+        Contents { all, first }
+    }
+
+    fn of(&self, target: usize) -> &[Content] {
+        match self.first.get(target..target + 2) {
+            Some(&[from, to]) => &self.all[from..to],
+            _ => &[],
+        }
+    }
 }
 
 struct Entry {
     id: AdapterId,
     adapter: Arc<Adapter>,
     binding: Binding,
-    strengths: Strengths,
+    /// By index into the binding.
+    strengths: Vec<f64>,
+}
+
+impl Entry {
+    fn set(&mut self, strengths: &Strengths) {
+        let modules = self.adapter.modules();
+        let of = |bound: &Bound| strengths.of(&modules[bound.module].name, bound.part);
+        self.strengths = self.binding.bound.iter().map(of).collect();
+    }
 }
 
 /// What [`Stack::apply`] did.
@@ -85,6 +131,7 @@ impl Stack {
             placed: None,
             seed: None,
             self_check: false,
+            applied: Contents::default(),
             prepared: Prepared::default(),
             compact: HashMap::new(),
             rules: Rules::default(),
@@ -110,10 +157,11 @@ impl Stack {
             ));
         }
         // The second one's copy would be taken after the first was merged.
-        let writable = |w: &View| w.count() > 0 && !w.repeats_elements();
+        let repeats = weight.repeats_elements();
+        let writable = |w: &View, repeats: bool| w.count() > 0 && !repeats;
         let same = |w: &View| w.data() == weight.data() && w.device() == weight.device();
-        let twin = self.targets.iter().find(|t| same(&t.weight) && writable(&t.weight));
-        if let Some(other) = twin.filter(|_| writable(&weight)) {
+        let twin = self.targets.iter().find(|t| same(&t.weight) && writable(&t.weight, t.repeats));
+        if let Some(other) = twin.filter(|_| writable(&weight, repeats)) {
             let what = format!("targets `{}` and `{name}` are the same memory", other.name);
             return Err(Error::argument(what, "register it once, and name it a second time with an alias"));
         }
@@ -121,14 +169,7 @@ impl Stack {
         self.by_name.insert(name.to_owned(), index);
         let storage = self.storage(name);
         let name = name.to_owned();
-        self.targets.push(Target {
-            name,
-            weight,
-            storage,
-            backup: None,
-            checksum: None,
-            applied: Vec::new(),
-        });
+        self.targets.push(Target { name, weight, repeats, storage, backup: None, checksum: None });
         self.index = None;
         Ok(index)
     }
@@ -174,7 +215,9 @@ impl Stack {
         let binding = Binding::new(&adapter, index, &targets, self.rules)?;
         let id = self.next;
         self.next += 1;
-        self.entries.push(Entry { id, adapter, binding, strengths });
+        let mut entry = Entry { id, adapter, binding, strengths: Vec::new() };
+        entry.set(&strengths);
+        self.entries.push(entry);
         Ok(id)
     }
 
@@ -189,7 +232,7 @@ impl Stack {
     pub fn set_strengths(&mut self, id: AdapterId, strengths: Strengths) -> Result<()> {
         strengths.check()?;
         let at = self.entry(id)?;
-        self.entries[at].strengths = strengths;
+        self.entries[at].set(&strengths);
         Ok(())
     }
 
@@ -285,17 +328,14 @@ impl Stack {
     }
 
     /// What every target should hold, by the strengths as they are set.
-    fn wanted(&self) -> Vec<Vec<(AdapterId, usize, f64)>> {
-        let mut wanted = vec![Vec::new(); self.targets.len()];
+    fn wanted(&self) -> Contents {
+        let mut found = Vec::with_capacity(self.entries.iter().map(|entry| entry.strengths.len()).sum());
         for entry in &self.entries {
-            for (i, bound) in entry.binding.bound.iter().enumerate() {
-                let strength = entry.strengths.of(&entry.adapter.modules()[bound.module].name, bound.part);
-                if strength != 0.0 {
-                    wanted[bound.target].push((entry.id, i, strength));
-                }
-            }
+            let each = entry.binding.bound.iter().zip(&entry.strengths).enumerate();
+            let switched_on = each.filter(|(_, (_, &strength))| strength != 0.0);
+            found.extend(switched_on.map(|(i, (bound, &strength))| (bound.target, (entry.id, i, strength))));
         }
-        wanted
+        Contents::new(self.targets.len(), &found)
     }
 
     /// Writes every weight whose wanted terms differ from what it holds. Reports in weights. Work on a GPU is enqueued on `stream`.
@@ -310,15 +350,26 @@ impl Stack {
 
     fn apply_terms(&mut self, stream: Stream, progress: &mut Progress<'_>) -> Result<Applied> {
         let wanted = self.wanted();
-        let due: Vec<usize> = (0..wanted.len()).filter(|&i| wanted[i] != self.targets[i].applied).collect();
-        let kept = wanted.iter().filter(|w| !w.is_empty()).count()
-            - due.iter().filter(|&&i| !wanted[i].is_empty()).count();
-        due.iter().try_for_each(|&i| super::check_target(&self.targets[i].name, &self.targets[i].weight))?;
+        let changes = |i: usize| match wanted.of(i) {
+            [] => self.is_changed(i),
+            content => content != self.applied.of(i),
+        };
+        let due: Vec<usize> = (0..self.targets.len()).filter(|&i| changes(i)).collect();
+        let with = |i: usize| !wanted.of(i).is_empty();
+        let kept =
+            (0..self.targets.len()).filter(|&i| with(i)).count() - due.iter().filter(|&&i| with(i)).count();
+        for target in due.iter().map(|&i| &self.targets[i]).filter(|target| target.repeats) {
+            super::check_target(&target.name, &target.weight)?;
+        }
+        if !due.is_empty() {
+            // Until all is written, nothing is there that could be wanted.
+            self.applied = Contents::default();
+        }
         let mut done = 0;
         for device in self.devices_of(&due) {
             let here = |&i: &usize| self.targets[i].weight.device() == device;
             let (merged, bare): (Vec<usize>, Vec<usize>) =
-                due.iter().copied().filter(here).partition(|&i| !wanted[i].is_empty());
+                due.iter().copied().filter(here).partition(|&i| with(i));
             self.give_back(&bare, stream)?;
             done += bare.len();
             let (in_place, copied) = self.places(device, &merged, &wanted)?;
@@ -327,13 +378,14 @@ impl Stack {
                 self.merge_in_place(device, &in_place, &wanted, stream)?;
                 done += in_place.len();
             }
-            self.take_backups(&copied, stream)?;
-            self.merge(device, &copied, &wanted, stream, &mut |n| {
+            let fresh = self.take_backups(&copied, stream)?;
+            self.merge(device, &copied, &fresh, &wanted, stream, &mut |n| {
                 progress.at((done + n) as u64, due.len() as u64)
             })?;
             done += copied.len();
         }
         progress.at(due.len() as u64, due.len() as u64)?;
+        self.applied = wanted;
         Ok(Applied { changed: due.len(), kept })
     }
 
@@ -354,12 +406,17 @@ impl Stack {
         matches!(weight.device(), Device::Cuda(i) if self.compact.get(&i).is_some_and(|c| c.holds(weight)))
     }
 
+    /// Whether a weight may hold something else than its base.
+    fn is_changed(&self, index: usize) -> bool {
+        self.targets[index].backup.is_some() || self.holds(index)
+    }
+
     /// Which of these weights, all on one device, are merged in place and which from copies.
     fn places(
         &mut self,
         device: Device,
         targets: &[usize],
-        wanted: &[Vec<(AdapterId, usize, f64)>],
+        wanted: &Contents,
     ) -> Result<(Vec<usize>, Vec<usize>)> {
         let Device::Cuda(index) = device else { return Ok((Vec::new(), targets.to_vec())) };
         let free = |&i: &usize| self.targets[i].backup.is_none();
@@ -374,11 +431,10 @@ impl Stack {
         }
         let (none, mut in_place) = (Compact::default(), vec![false; self.targets.len()]);
         let compact = self.compact.get(&index).unwrap_or(&none);
-        for i in rest {
+        let terms = Terms::new(&self.entries, wanted, &rest);
+        for (&i, terms) in rest.iter().zip(terms.each()) {
             let Target { name, weight, storage, .. } = &self.targets[i];
-            let terms = terms_of(&self.entries, &wanted[i]);
-            let job =
-                Work { name, base: weight, out: weight, storage: *storage, terms: &terms, pristine: None };
+            let job = Work { name, base: weight, out: weight, storage: *storage, terms, pristine: None };
             in_place[i] = compact.takes(&job)?;
         }
         Ok(targets.iter().partition(|&&i| in_place[i]))
@@ -388,12 +444,12 @@ impl Stack {
         targets.iter().map(|&i| (&self.targets[i].name[..], &self.targets[i].weight)).collect()
     }
 
-    /// Copies the weights that have no copy yet; all on one device.
-    fn take_backups(&mut self, targets: &[usize], stream: Stream) -> Result<()> {
+    /// Copies the weights that have no copy yet, all on one device, and says which those were.
+    fn take_backups(&mut self, targets: &[usize], stream: Stream) -> Result<Vec<usize>> {
         let without: Vec<usize> =
             targets.iter().copied().filter(|&i| self.targets[i].backup.is_none()).collect();
         if without.is_empty() {
-            return Ok(());
+            return Ok(without);
         }
         // Those that were merged in place until now.
         let held: Vec<usize> = without.iter().copied().filter(|&i| self.holds(i)).collect();
@@ -405,10 +461,10 @@ impl Stack {
         if self.compact.is_empty() {
             self.placed = Some(placed);
         }
-        for (i, backup) in without.into_iter().zip(backups) {
+        for (&i, backup) in without.iter().zip(backups) {
             self.targets[i].backup = Some(backup);
         }
-        Ok(())
+        Ok(without)
     }
 
     /// Takes the checksums of pristine weights, all on one device, if that is wanted; waits for the stream.
@@ -425,8 +481,7 @@ impl Stack {
 
     /// Gives weights their base back and drops the copies; all on one device.
     fn give_back(&mut self, targets: &[usize], stream: Stream) -> Result<()> {
-        let changed = |i: &usize| self.targets[*i].backup.is_some() || self.holds(*i);
-        let changed: Vec<usize> = targets.iter().copied().filter(changed).collect();
+        let changed: Vec<usize> = targets.iter().copied().filter(|&i| self.is_changed(i)).collect();
         let pairs: Vec<(&str, &Backup, &View)> = changed
             .iter()
             .filter_map(|&i| {
@@ -446,7 +501,6 @@ impl Stack {
             prove(&known, stream)?;
         }
         for &i in targets {
-            self.targets[i].applied.clear();
             self.targets[i].backup = None;
         }
         Ok(())
@@ -456,66 +510,55 @@ impl Stack {
         &mut self,
         device: Device,
         targets: &[usize],
-        wanted: &[Vec<(AdapterId, usize, f64)>],
+        wanted: &Contents,
         stream: Stream,
     ) -> Result<()> {
         let Device::Cuda(index) = device else { return Ok(()) };
         let new: Vec<usize> = targets.iter().copied().filter(|&i| !self.holds(i)).collect();
         self.remember(&new, stream)?;
-        for &i in targets {
-            self.targets[i].applied = vec![(0, 0, f64::NAN)];
-        }
-        let terms: Vec<Vec<Term<'_>>> =
-            targets.iter().map(|&i| terms_of(&self.entries, &wanted[i])).collect();
+        let terms = Terms::new(&self.entries, wanted, targets);
         let job = |(&i, terms)| {
             let Target { name, weight, storage, .. } = &self.targets[i];
             Work { name, base: weight, out: weight, storage: *storage, terms, pristine: None }
         };
-        let jobs: Vec<Work<'_>> = targets.iter().zip(&terms).map(|(i, terms)| job((i, &terms[..]))).collect();
+        let jobs: Vec<Work<'_>> = targets.iter().zip(terms.each()).map(job).collect();
         let compact = self.compact.entry(index).or_default();
-        super::merge_in_place(index, stream, &jobs, &mut self.prepared, compact)?;
-        for &i in targets {
-            self.targets[i].applied.clone_from(&wanted[i]);
-        }
-        Ok(())
+        super::merge_in_place(index, stream, &jobs, &mut self.prepared, compact)
     }
 
+    /// Merges targets that all have copies; the `fresh` ones, in the same order, still hold what is in them.
     fn merge(
         &mut self,
         device: Device,
         targets: &[usize],
-        wanted: &[Vec<(AdapterId, usize, f64)>],
+        fresh: &[usize],
+        wanted: &Contents,
         stream: Stream,
         between: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<()> {
-        for &i in targets {
-            // Until it is written whole, the weight holds nothing that could be wanted.
-            self.targets[i].applied = vec![(0, 0, f64::NAN)];
+        let terms = Terms::new(&self.entries, wanted, targets);
+        let (mut fresh, mut jobs) = (fresh.iter().peekable(), Vec::with_capacity(targets.len()));
+        for (&i, terms) in targets.iter().zip(terms.each()) {
+            let holds_base = fresh.next_if_eq(&&i).is_some();
+            let Target { name, weight, backup: Some(backup), storage, .. } = &self.targets[i] else {
+                continue;
+            };
+            // What went down to host memory a moment ago need not come up again.
+            let base = match holds_base && backup.view().device() != weight.device() {
+                true => weight,
+                false => backup.view(),
+            };
+            let pristine = Some(backup.number());
+            jobs.push(Work { name, base, out: weight, storage: *storage, terms, pristine });
         }
-        let terms: Vec<Vec<Term<'_>>> =
-            targets.iter().map(|&i| terms_of(&self.entries, &wanted[i])).collect();
-        let jobs: Vec<Work<'_>> = targets
-            .iter()
-            .zip(&terms)
-            .filter_map(|(&i, terms)| {
-                let Target { name, weight, backup, storage, .. } = &self.targets[i];
-                let backup = backup.as_ref()?;
-                let pristine = Some(backup.number());
-                Some(Work { name, base: backup.view(), out: weight, storage: *storage, terms, pristine })
-            })
-            .collect();
-        super::merge_all(device, stream, &jobs, &mut self.prepared, between)?;
-        for &i in targets {
-            self.targets[i].applied.clone_from(&wanted[i]);
-        }
-        Ok(())
+        super::merge_all(device, stream, &jobs, &mut self.prepared, between)
     }
 
     /// Gives every weight its base back, bit for bit, and frees the copies. Adapters and strengths stay.
     pub fn restore(&mut self, stream: Stream) -> Result<()> {
         let mut result = Ok(());
-        let changed = |&i: &usize| self.targets[i].backup.is_some() || self.holds(i);
-        let with: Vec<usize> = (0..self.targets.len()).filter(changed).collect();
+        self.applied = Contents::default();
+        let with: Vec<usize> = (0..self.targets.len()).filter(|&i| self.is_changed(i)).collect();
         for device in self.devices_of(&with) {
             let here: Vec<usize> =
                 with.iter().copied().filter(|&i| self.targets[i].weight.device() == device).collect();
@@ -537,10 +580,9 @@ impl Stack {
             .entries
             .iter()
             .flat_map(|entry| {
-                entry.binding.bound.iter().filter(|b| b.target == at).flat_map(|bound| {
-                    let module = &entry.adapter.modules()[bound.module].name;
-                    bound.terms(entry.strengths.of(module, bound.part))
-                })
+                let each = entry.binding.bound.iter().zip(&entry.strengths);
+                each.filter(|(bound, _)| bound.target == at)
+                    .flat_map(|(bound, &strength)| bound.terms(strength))
             })
             .collect();
         if self.holds(at) && terms.iter().any(|term| term.op.reads_weight()) {
@@ -553,11 +595,28 @@ impl Stack {
     }
 }
 
-/// What a weight gets.
-fn terms_of<'a>(entries: &'a [Entry], wanted: &[(AdapterId, usize, f64)]) -> Vec<Term<'a>> {
-    let bound = |(id, bound, strength): &(AdapterId, usize, f64)| {
-        let entry = entries.iter().find(|e| e.id == *id)?;
-        Some(entry.binding.bound[*bound].terms(*strength))
-    };
-    wanted.iter().filter_map(bound).flatten().collect()
+/// The terms of some targets, one after the other.
+struct Terms<'a> {
+    all: Vec<Term<'a>>,
+    ends: Vec<usize>,
+}
+
+impl<'a> Terms<'a> {
+    fn new(entries: &'a [Entry], contents: &Contents, targets: &[usize]) -> Self {
+        let (mut all, mut ends) = (Vec::with_capacity(contents.all.len()), Vec::with_capacity(targets.len()));
+        for &i in targets {
+            for &(id, bound, strength) in contents.of(i) {
+                let entry = entries.iter().find(|entry| entry.id == id);
+                all.extend(entry.into_iter().flat_map(|e| e.binding.bound[bound].terms(strength)));
+            }
+            ends.push(all.len());
+        }
+        Terms { all, ends }
+    }
+
+    /// Those of each target.
+    fn each(&self) -> impl Iterator<Item = &[Term<'a>]> {
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        starts.zip(&self.ends).map(|(start, &end)| &self.all[start..end])
+    }
 }

@@ -1,7 +1,6 @@
 //! Merging in place without copies: weights of 16 bits keep aside what rounding lost of them, a quarter of their size, and come back exactly, since what
 //! was added is computed again bit for bit (`kernels/compact.cu`).
 
-use super::factors::Wanted;
 use super::launch::{self, Shape, Variant};
 use super::lower::{self, Drafts};
 use super::tables::{self, Kind, Row, Target, Term};
@@ -196,9 +195,9 @@ impl Compact {
     /// Brings weights to these terms, which [`Self::takes`] has approved. Waits for the stream, to hear whether all that is lost had room.
     pub fn merge(&mut self, queue: &Queue, jobs: &[Work<'_>], kept: &mut Kept) -> Result<()> {
         let unknown = |job: &Work<'_>| self.knows(job).is_none().then(|| drafts(job)).transpose();
-        let drafts = jobs.iter().map(unknown).collect::<Result<Vec<_>>>()?;
-        let wanted: Vec<Wanted> = drafts.iter().flatten().flat_map(Drafts::wanted).collect();
-        kept.factors.load(queue, &wanted)?;
+        let mut drafts = jobs.iter().map(unknown).collect::<Result<Vec<_>>>()?;
+        let wanted = drafts.iter_mut().flatten().flat_map(|own| std::mem::take(&mut own.wanted));
+        kept.factors.load(queue, wanted)?;
         let none = |_, _| Err(Error::Backend("a term reads a weight that is merged in place".into()));
         let mut items = Vec::with_capacity(jobs.len());
         for (job, own) in jobs.iter().zip(&drafts) {
@@ -288,7 +287,7 @@ impl Compact {
         let new: Vec<&Item> =
             items.iter().filter(|item| !self.weights.contains_key(&item.target.base)).collect();
         let total: usize = new.iter().map(|item| units(&item.target)).sum();
-        let memory = Arc::new(queue.alloc(total)?);
+        let memory = Arc::new(queue.alloc_large(total)?);
         // SAFETY: all of the buffer, which lives until the stream has passed here.
         unsafe { queue.zero(memory.ptr(), total)? };
         let mut at = memory.ptr();
@@ -329,7 +328,7 @@ impl Compact {
     /// Makes the pool as large as was wanted, and a little larger.
     fn grow(&mut self, queue: &Queue, wanted: u32) -> Result<()> {
         let slots = wanted.saturating_add(wanted / 4);
-        let pool = queue.alloc(slots as usize * SLOT)?;
+        let pool = queue.alloc_large(slots as usize * SLOT)?;
         if let Some(old) = &self.pool {
             // SAFETY: two buffers, both at least that long.
             unsafe { queue.copy(old.ptr(), pool.ptr(), self.taken as usize * SLOT)? };

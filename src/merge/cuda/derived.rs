@@ -1,6 +1,6 @@
 //! What terms need that is computed from the weight itself, once: it does not depend on strengths.
 
-use super::factors::{Factors, Wanted};
+use super::factors::{Factors, Key as Factor, Wanted};
 use super::launch::{strips, Variant};
 use super::lower::{resolve, Draft, Drafts};
 use super::tables::{self, Format, Layout, Row, Strip, Target};
@@ -25,50 +25,39 @@ pub(super) struct Derived {
 
 enum What {
     /// DoRA's gain f and f - 1.
-    Norm { axis: usize, magnitude: Wanted, inside: Vec<Draft> },
+    Norm { axis: usize, magnitude: Factor, inside: Vec<Draft> },
     /// GLoRA's W @ a1 as up fragments.
-    Right { a1: Wanted, rank: usize, format: Format },
+    Right { a1: Factor, rank: usize, format: Format },
     /// The whole delta in fp32, of a rotation or computed on the host: at strength 1, or at the given one, which it is not proportional to.
     Delta(Box<Op>, Option<f64>),
 }
 
 impl Derived {
-    /// For [`Op::RightLowRank`]: result 0 is the up factor.
-    pub fn right(op: &RightLowRank, region: &Region, taps: usize) -> Result<Self> {
+    /// For [`Op::RightLowRank`]: result 0 is the up factor. Asks for its factors, as the others do.
+    pub fn right(op: &RightLowRank, region: &Region, taps: usize, own: &mut Drafts) -> Result<Self> {
         let format = match Float::require(op.a1.dtype(), "a factor")? {
             Float::BF16 => Format::BF16,
             _ => Format::Split,
         };
-        let a1 = Wanted::fragments(&op.a1, Layout::Right, format, 0);
+        let a1 = own.want(Wanted::fragments(&op.a1, Layout::Right, format, 0));
         let what = What::Right { a1, rank: op.a1.shape()[1], format };
         Ok(Derived { op: std::ptr::from_ref(op) as usize, region: region.clone(), taps, what })
     }
 
     /// For [`Op::Decompose`], whose inner rows are placed in the region alone: result 0 is f, 1 is f - 1.
-    pub fn norm(op: &Decompose, region: &Region, taps: usize, inside: Vec<Draft>) -> Self {
-        let what = What::Norm { axis: op.axis, magnitude: Wanted::repeated(&op.magnitude, 1), inside };
+    pub fn norm(op: &Decompose, region: &Region, taps: usize, inside: Vec<Draft>, own: &mut Drafts) -> Self {
+        let magnitude = own.want(Wanted::repeated(&op.magnitude, 1));
+        let what = What::Norm { axis: op.axis, magnitude, inside };
         Derived { op: std::ptr::from_ref(op) as usize, region: region.clone(), taps, what }
     }
 
     /// For an op without kernels: result 0 is the delta in fp32, at strength 1 or, not kept for the next merge, at the given one.
-    pub fn delta(op: &Op, region: &Region, strength: Option<f64>) -> Self {
+    pub fn delta(op: &Op, region: &Region, strength: Option<f64>, own: &mut Drafts) -> Self {
+        if let Op::Rotate(op) = op {
+            own.wanted.extend(turn::wanted(op));
+        }
         let what = What::Delta(Box::new(op.clone()), strength);
         Derived { op: std::ptr::from_ref(op) as usize, region: region.clone(), taps: 1, what }
-    }
-
-    /// The factors that it needs on the device.
-    pub fn wanted(&self) -> Vec<Wanted> {
-        match &self.what {
-            What::Norm { magnitude, inside, .. } => {
-                let inner = inside.iter().flat_map(|draft| draft.factors.iter().flatten().cloned());
-                std::iter::once(magnitude.clone()).chain(inner).collect()
-            }
-            What::Right { a1, .. } => vec![a1.clone()],
-            What::Delta(op, _) => match op.as_ref() {
-                Op::Rotate(op) => turn::wanted(op),
-                _ => Vec::new(),
-            },
-        }
     }
 
     fn key(&self, job: &Work<'_>) -> Key {
@@ -129,7 +118,7 @@ impl Computed {
                             float,
                             *axis,
                             derived.taps,
-                            factors.address(&magnitude.key)?,
+                            factors.address(magnitude)?,
                             inside,
                             factors,
                             results,
@@ -145,7 +134,7 @@ impl Computed {
                         rights.add(tables::Right {
                             base: part.base,
                             base_columns: part.base_columns,
-                            a1: factors.address(&a1.key)?,
+                            a1: factors.address(a1)?,
                             out: memory.ptr(),
                             base_row: part.base_row,
                             rows: part.rows,

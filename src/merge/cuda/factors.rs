@@ -5,7 +5,7 @@ use crate::cuda::{Arg, Buffer, Queue};
 use crate::dtype::{byte_len, Float};
 use crate::error::{Error, Result};
 use crate::view::{Device, Tensor};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// A factor in one layout.
@@ -25,7 +25,6 @@ pub(super) struct Key {
 }
 
 /// A factor that is wanted on the device.
-#[derive(Clone, Debug)]
 pub(super) struct Wanted {
     pub key: Key,
     source: Tensor,
@@ -118,7 +117,7 @@ pub(super) struct Factors {
 }
 
 /// Alignment of everything that is placed.
-const ALIGN: usize = 256;
+const ALIGN: usize = crate::cuda::ALIGN;
 
 impl Factors {
     /// The address of a factor that was loaded.
@@ -133,14 +132,10 @@ impl Factors {
     }
 
     /// Brings what is missing to the device, and packs it in one launch.
-    pub fn load(&mut self, queue: &Queue, wanted: &[Wanted]) -> Result<()> {
-        let mut missing: Vec<&Wanted> = Vec::new();
-        let mut seen = std::collections::HashSet::new();
-        for w in wanted {
-            if !self.placed.contains_key(&w.key) && seen.insert(w.key) {
-                missing.push(w);
-            }
-        }
+    pub fn load(&mut self, queue: &Queue, wanted: impl Iterator<Item = Wanted>) -> Result<()> {
+        let mut seen = HashSet::new();
+        let missing: Vec<Wanted> =
+            wanted.filter(|w| !self.placed.contains_key(&w.key) && seen.insert(w.key)).collect();
         if missing.is_empty() {
             return Ok(());
         }
@@ -152,14 +147,14 @@ impl Factors {
             let size = w.size().ok_or_else(too_large)?.next_multiple_of(ALIGN);
             total = total.checked_add(size).ok_or_else(too_large)?;
         }
-        let memory = queue.alloc(total)?;
+        let memory = queue.alloc_large(total)?;
         let at = |place: usize| memory.ptr() + place as u64;
         // Of host tensors those that are packed go to scratch memory first, the others to their places.
         let staged = |w: &&Wanted| w.source.device() == Device::Cpu && w.key.layout != Layout::Plain;
         let raw_size: usize =
             missing.iter().filter(|w| staged(w)).map(|w| w.source.byte_len().next_multiple_of(ALIGN)).sum();
-        let raw = queue.alloc(raw_size)?;
-        let (mut used, mut table, mut parts) = (0usize, Vec::new(), Vec::new());
+        let raw = queue.alloc_large(raw_size)?;
+        let (mut used, mut table, mut parts) = (0usize, Vec::new(), Vec::with_capacity(missing.len()));
         for (w, &place) in missing.iter().zip(&places) {
             let from = match w.source.device() {
                 Device::Cuda(index) if index == queue.gpu().index() => w.source.data() as u64,
@@ -179,7 +174,7 @@ impl Factors {
                         used += bytes.len().next_multiple_of(ALIGN);
                         raw.ptr() + first as u64
                     };
-                    parts.push((bytes, to));
+                    parts.push((to, bytes));
                     to
                 }
             };
@@ -214,10 +209,8 @@ impl Factors {
                 unused: 0,
             });
         }
-        for (bytes, to) in parts {
-            // SAFETY: the places were counted for these bytes above.
-            unsafe { queue.upload(bytes, to)? };
-        }
+        // SAFETY: the places were counted for these bytes above; between them is only what makes up for the alignment.
+        unsafe { queue.upload_parts(&parts)? };
         // A launch takes so many rows of blocks.
         for table in table.chunks(65_535) {
             let rows = queue.upload_new(Row::bytes(table))?;
@@ -225,9 +218,8 @@ impl Factors {
             // SAFETY: the table describes the sources and places above, all of which live until the stream has passed here.
             unsafe { queue.launch("pack", "pack", grid, 256, 0, &[Arg::from(&rows)])? };
         }
-        for (w, &place) in missing.iter().zip(&places) {
-            self.placed.insert(w.key, (at(place), w.source.clone()));
-        }
+        let places: Vec<u64> = places.into_iter().map(at).collect();
+        self.placed.extend(missing.into_iter().zip(places).map(|(w, place)| (w.key, (place, w.source))));
         self.memory.push(Arc::new(memory));
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Terms of a weight as rows of the kernels' table.
 
 use super::derived::Derived;
-use super::factors::{Factors, Wanted};
+use super::factors::{Factors, Key, Wanted};
 use super::tables::{self, Kind, Layout, Pair};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
@@ -13,7 +13,7 @@ use crate::view::Tensor;
 pub(super) struct Draft {
     pub row: tables::Term,
     /// a, b, a2, b2
-    pub factors: [Option<Wanted>; 4],
+    pub factors: [Option<Key>; 4],
     /// What makes a row's numbers on the device: the index in [`Drafts::derived`] and which of its results.
     pub a: Option<(usize, usize)>,
     pub gain: Option<(usize, usize)>,
@@ -23,18 +23,20 @@ pub(super) struct Draft {
     pub term: usize,
 }
 
-/// The rows of one weight, and what has to be computed from it before.
+/// The rows of one weight, what has to be computed from it before, and the factors of all of it.
 #[derive(Default)]
 pub(super) struct Drafts {
     pub rows: Vec<Draft>,
     pub derived: Vec<Derived>,
+    pub wanted: Vec<Wanted>,
 }
 
 impl Drafts {
-    /// The factors of all of it.
-    pub fn wanted(&self) -> Vec<Wanted> {
-        let rows = self.rows.iter().flat_map(|draft| draft.factors.iter().flatten().cloned());
-        rows.chain(self.derived.iter().flat_map(Derived::wanted)).collect()
+    /// Asks for a factor; says under which key it will be.
+    pub fn want(&mut self, wanted: Wanted) -> Key {
+        let key = wanted.key;
+        self.wanted.push(wanted);
+        key
     }
 
     /// Adds what `op` does on `region` of a weight; `whole` when that is all of it.
@@ -71,13 +73,15 @@ impl Drafts {
         match op {
             Op::LowRank(LowRank { up, down, .. }) => {
                 fits([up.shape()[0], down.shape()[1]])?;
-                self.rows.push(product(place, region, [(up, down)])?);
+                let draft = self.product(place, region, [(up, down)])?;
+                self.rows.push(draft);
             }
             Op::Hadamard(op) => {
                 let [(up1, down1), (up2, down2)] = &op.pairs;
                 fits([up1.shape()[0], down1.shape()[1]])?;
                 fits([up2.shape()[0], down2.shape()[1]])?;
-                self.rows.push(product(place, region, [(up1, down1), (up2, down2)])?);
+                let draft = self.product(place, region, [(up1, down1), (up2, down2)])?;
+                self.rows.push(draft);
             }
             Op::Kron(op) => {
                 let (outer, inner) = (op.w1.shape(), op.w2.shape());
@@ -89,16 +93,19 @@ impl Drafts {
                 draft.row.inner_columns = inner[1] as u32;
                 draft.row.outer_columns = outer[1] as u32;
                 draft.row.plain = u32::from(whole && inner[1] % 8 == 0 && wide(&op.w2));
-                draft.factors = [Some(Wanted::plain(&op.w1)), Some(Wanted::plain(&op.w2)), None, None];
+                let pair = [&op.w1, &op.w2].map(|w| Some(self.want(Wanted::plain(w))));
+                draft.factors = [pair[0], pair[1], None, None];
                 self.rows.push(draft);
             }
             Op::Dense(op) => {
                 fits([op.diff.shape()[0], op.diff.shape()[1]])?;
-                self.rows.push(elements(place, Kind::Dense, &op.diff, whole && wide(&op.diff))?);
+                let draft = self.elements(place, Kind::Dense, &op.diff, whole && wide(&op.diff))?;
+                self.rows.push(draft);
             }
             Op::Replace(op) => {
                 fits([op.value.shape()[0], op.value.shape()[1]])?;
-                self.rows.push(elements(place, Kind::Replace, &op.value, false)?);
+                let draft = self.elements(place, Kind::Replace, &op.value, false)?;
+                self.rows.push(draft);
             }
             Op::Scale(op) => {
                 let rows = op.axis == 0;
@@ -112,14 +119,15 @@ impl Drafts {
                 let mut draft = place;
                 draft.row.kind = kind as u32;
                 draft.row.plain = u32::from(whole);
-                draft.factors[0] = Some(Wanted::repeated(&op.v, times));
+                draft.factors[0] = Some(self.want(Wanted::repeated(&op.v, times)));
                 self.rows.push(draft);
             }
             Op::RightLowRank(op) => {
                 fits([region.rows.len(), op.a1.shape()[0] * taps])?;
                 fits([region.rows.len(), op.a2.shape()[1] * taps])?;
                 let index = self.derived.len();
-                self.derived.push(Derived::right(op, region, taps)?);
+                let derived = Derived::right(op, region, taps, self)?;
+                self.derived.push(derived);
                 let mut draft = place;
                 draft.row.kind = Kind::LowRank as u32;
                 // W @ a1 is split.
@@ -128,7 +136,7 @@ impl Drafts {
                 draft.row.ranks = (taps * op.a1.shape()[1].div_ceil(16)) as u32;
                 draft.a = Some((index, 0));
                 let down = Wanted::fragments(&op.a2, Layout::Down, pair.down(), region.cols.start);
-                draft.factors[1] = Some(down.for_taps(taps));
+                draft.factors[1] = Some(self.want(down.for_taps(taps)));
                 self.rows.push(draft);
             }
             Op::Decompose(op) => self.decompose(name, op, place, region, taps, whole)?,
@@ -136,7 +144,8 @@ impl Drafts {
                 let index = self.derived.len();
                 // A rotation that interpolates is not linear in its strength.
                 let fixed = bends(op);
-                self.derived.push(Derived::delta(op, region, fixed.then_some(strength)));
+                let derived = Derived::delta(op, region, fixed.then_some(strength), self);
+                self.derived.push(derived);
                 let mut draft = Draft { scale: (!fixed).then_some(1.0), ..place };
                 draft.row.kind = Kind::Dense as u32;
                 draft.row.plain = u32::from(whole);
@@ -190,13 +199,46 @@ impl Drafts {
             // Only products take their gain in registers.
             row.row.plain = 0;
         }
-        self.derived.push(Derived::norm(op, region, taps, inside.rows));
+        self.wanted.append(&mut inside.wanted);
+        let derived = Derived::norm(op, region, taps, inside.rows, self);
+        self.derived.push(derived);
         let mut rest = place;
         rest.row.kind = if op.axis == 0 { Kind::ScaleRows as u32 } else { Kind::ScaleColumns as u32 };
         rest.row.plain = u32::from(whole);
         rest.a = Some((index, 1));
         self.rows.push(rest);
         Ok(())
+    }
+
+    fn product<const N: usize>(
+        &mut self,
+        mut draft: Draft,
+        region: &Region,
+        pairs: [(&Tensor, &Tensor); N],
+    ) -> Result<Draft> {
+        for (i, (up, down)) in pairs.into_iter().enumerate() {
+            let of = |t: &Tensor| Float::require(t.dtype(), "a factor");
+            let pair = Pair::of(of(up)?, of(down)?);
+            let ranks = up.shape()[1].div_ceil(16) as u32;
+            let up = Wanted::fragments(up, Layout::Up, pair.up(), region.rows.start);
+            let down = Wanted::fragments(down, Layout::Down, pair.down(), region.cols.start);
+            draft.factors[2 * i] = Some(self.want(up));
+            draft.factors[2 * i + 1] = Some(self.want(down));
+            match i {
+                0 => (draft.row.format, draft.row.ranks) = (pair as u32, ranks),
+                _ => (draft.row.format2, draft.row.ranks2) = (pair as u32, ranks),
+            }
+        }
+        draft.row.kind = if N == 1 { Kind::LowRank as u32 } else { Kind::Hadamard as u32 };
+        Ok(draft)
+    }
+
+    fn elements(&mut self, mut draft: Draft, kind: Kind, matrix: &Tensor, plain: bool) -> Result<Draft> {
+        draft.row.kind = kind as u32;
+        draft.row.format = dtype(matrix)?;
+        draft.row.plain = u32::from(plain);
+        draft.factors[0] = Some(self.want(Wanted::plain(matrix)));
+        Ok(draft)
     }
 }
 
@@ -208,35 +250,6 @@ pub(super) fn bends(op: &Op) -> bool {
 /// Rows and columns of a weight of this shape.
 pub(super) fn matrix(shape: &[usize]) -> (usize, usize) {
     (shape.first().copied().unwrap_or(1), shape.iter().skip(1).product())
-}
-
-fn product<const N: usize>(
-    mut draft: Draft,
-    region: &Region,
-    pairs: [(&Tensor, &Tensor); N],
-) -> Result<Draft> {
-    for (i, (up, down)) in pairs.into_iter().enumerate() {
-        let of = |t: &Tensor| Float::require(t.dtype(), "a factor");
-        let pair = Pair::of(of(up)?, of(down)?);
-        let ranks = up.shape()[1].div_ceil(16) as u32;
-        draft.factors[2 * i] = Some(Wanted::fragments(up, Layout::Up, pair.up(), region.rows.start));
-        let down = Wanted::fragments(down, Layout::Down, pair.down(), region.cols.start);
-        draft.factors[2 * i + 1] = Some(down);
-        match i {
-            0 => (draft.row.format, draft.row.ranks) = (pair as u32, ranks),
-            _ => (draft.row.format2, draft.row.ranks2) = (pair as u32, ranks),
-        }
-    }
-    draft.row.kind = if N == 1 { Kind::LowRank as u32 } else { Kind::Hadamard as u32 };
-    Ok(draft)
-}
-
-fn elements(mut draft: Draft, kind: Kind, matrix: &Tensor, plain: bool) -> Result<Draft> {
-    draft.row.kind = kind as u32;
-    draft.row.format = dtype(matrix)?;
-    draft.row.plain = u32::from(plain);
-    draft.factors[0] = Some(Wanted::plain(matrix));
-    Ok(draft)
 }
 
 fn dtype(tensor: &Tensor) -> Result<u32> {
@@ -256,9 +269,9 @@ pub(super) fn resolve(
 ) -> Result<tables::Term> {
     let mut row = draft.row;
     let slots = [&mut row.a, &mut row.b, &mut row.a2, &mut row.b2];
-    for (slot, wanted) in slots.into_iter().zip(&draft.factors) {
-        if let Some(wanted) = wanted {
-            *slot = factors.address(&wanted.key)?;
+    for (slot, key) in slots.into_iter().zip(&draft.factors) {
+        if let Some(key) = key {
+            *slot = factors.address(key)?;
         }
     }
     if let Some((index, which)) = draft.a {

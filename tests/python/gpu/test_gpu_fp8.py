@@ -188,6 +188,31 @@ def test_nan_stays(tmp_path, dtype):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("kind", ["lora-r7", "lora-r16", "lokr", "full"])
+def test_infinity_stays(tmp_path, kind, rounding):
+    """Where the format has it: what was infinite is, what was finite saturates, however large the sum."""
+    clean, _ = host_of(torch.float8_e5m2, False)
+    base, where = dict(clean.base), {(5, 7): 0x7C, (40, 64): 0xFC}
+    base["linear.weight"] = base["linear.weight"].clone()
+    for at, code in where.items():
+        base["linear.weight"].view(torch.uint8)[at] = code
+    adapter, dirty = Adapter(kind, tmp_path, shapes_of(base)), Host(base)
+    for strength in (0.70711, 3e6):
+        results = []
+        for host in (clean, dirty):
+            with stack_on(host, rounding=rounding, seed=2) as stack:
+                stack.add(adapter.path, strength)
+                stack.apply()
+                results.append(host.bits()["linear.weight"].view(torch.uint8))
+        want, got = results
+        assert not (want & 0x7F).ge(0x7C).any()
+        for at, code in where.items():
+            assert got[at] == code, strength
+            want[at] = code
+        assert torch.equal(got, want)
+
+
 def test_what_is_made_by_hand_covers_each_format():
     """Of the tests above: subnormal numbers and more than one binade are there."""
     for dtype in FP8:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 
 import formula
 import handmade
@@ -451,6 +452,33 @@ def test_compact_takes_a_quarter(tmp_path):
         assert kept["mode"] == "compact" and kept["weights"] == 4
         # And a little more where the adapter changes a few weights beyond recognition.
         assert kept["bytes"] <= 0.255 * sum(w.numel() * w.element_size() for w in host.live.values())
+
+
+@ONLY_GPU
+@pytest.mark.parametrize("backup", ["device", "host"])
+def test_nobody_waits_for_large_copies_to_go_back(tmp_path, backup):
+    """Restore returns while the GPU is still busy; who applies at once may get the memory of the last copies; and soon
+    after the last restore the device has it back.
+    """
+    host = Host(weights(torch.bfloat16, {f"w{i}": (8192, 8192) for i in range(3)}))
+    adapter = Adapter("lora", tmp_path, shapes_of(host.base), make=handmade.lora(8))
+    with stack_on(host, backup=backup) as stack:
+        stack.add(adapter.path, 0.5)
+        stack.apply()
+        merged, held = host.bits(), torch.cuda.mem_get_info()[0]
+        for _ in range(3):
+            torch.cuda._sleep(1_000_000_000)
+            stack.restore()
+            assert not torch.cuda.current_stream().query(), "it did not wait"
+            stack.apply()
+        assert host.is_like(merged)
+        stack.restore()
+        assert host.intact()
+        if backup == "device" and "PYTEST_XDIST_WORKER" not in os.environ:
+            deadline = time.monotonic() + 5
+            while torch.cuda.mem_get_info()[0] < held + (300 << 20):
+                assert time.monotonic() < deadline, "384 MB of copies are still held"
+                time.sleep(0.001)
 
 
 @ONLY_GPU
