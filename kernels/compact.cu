@@ -231,6 +231,7 @@ __device__ __forceinline__ bool merge(Stored<LATE16> (&merged)[4], Stored<LATE16
 // The general reader of terms: what was added and what will be, at their strengths.
 struct Sums {
   using Factors = ::Factors<3, 1, 1, 4, true>;
+  static constexpr u32 TILES = 2;  // on their way
   static constexpr u32 ASIDE = sizeof(Sum) * THREADS;
   Sum before, after;
 
@@ -264,6 +265,7 @@ struct Sums {
 // One product of 16-bit factors on the whole weight: the sum is the same before and after, and only its coefficient changes.
 struct OneProduct {
   using Factors = ::Factors<2, 1, 1, 4, false>;
+  static constexpr u32 TILES = 1;  // so that six blocks fit on a multiprocessor
   static constexpr u32 ASIDE = 0;
   Sum sum[1];
 
@@ -284,7 +286,7 @@ struct OneProduct {
 
 template <bool HALF, class Sums>
 __device__ __forceinline__ void compact(const Target* targets, const Term* all, const Strip* strips, u32 room, const Pool& pool) {
-  using Copied = Tiles<LATE16, Place<1>, 2>;
+  using Copied = Tiles<LATE16, Place<1>, Sums::TILES>;
   using Factors = typename Sums::Factors;
   __shared__ Work work;
   __shared__ u32 all_tails[THREADS / 32][32];
@@ -339,5 +341,5 @@ __device__ __forceinline__ void compact(const Target* targets, const Term* all, 
 
 COMPACT(bf16, 3, false, Sums)
 COMPACT(f16, 3, true, Sums)
-COMPACT(bf16_one, 5, false, OneProduct)
-COMPACT(f16_one, 5, true, OneProduct)
+COMPACT(bf16_one, 6, false, OneProduct)
+COMPACT(f16_one, 6, true, OneProduct)

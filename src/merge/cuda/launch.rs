@@ -110,7 +110,7 @@ pub(super) struct Shape {
 
 /// Of `kernels/compact.cu`, for weights of 16 bits; `one`: with one product of 16-bit factors on all of it.
 pub(super) fn compact(float: Float, one: bool) -> Shape {
-    let (tiles, ring) = if one { (16 << 10, 16 << 10) } else { (32 << 10, 24 << 10) };
+    let (tiles, ring) = if one { (8 << 10, 16 << 10) } else { (32 << 10, 24 << 10) };
     let kernel = match (float == Float::F16, one) {
         (true, true) => "compact_f16_one",
         (true, false) => "compact_f16",
