@@ -66,25 +66,21 @@ impl Network {
     /// What sd-scripts and modelspec would say about this network; every value is text.
     fn metadata(&self, base: Option<&str>) -> BTreeMap<String, String> {
         let c = &self.config;
-        let (b1, b2) = c.optimizer.betas;
-        let optimizer = format!(
-            "AdamW(betas=({b1:?}, {b2:?}),eps={:?},weight_decay={:?})",
-            c.optimizer.eps, c.optimizer.weight_decay
-        );
+        let schedule = c.schedule();
         let mut all: BTreeMap<&str, String> = BTreeMap::from([
             ("ss_network_module", "networks.lora".into()),
             ("ss_network_dim", c.network_dim.to_string()),
             ("ss_network_alpha", c.network_alpha.to_string()),
-            ("ss_learning_rate", c.learning_rate.to_string()),
-            ("ss_lr_scheduler", c.lr_scheduler.name().into()),
-            ("ss_lr_warmup_steps", c.lr_warmup_steps.to_string()),
-            ("ss_max_train_steps", c.max_train_steps.map_or("None".into(), |n| n.to_string())),
+            ("ss_learning_rate", schedule.base.to_string()),
+            ("ss_lr_scheduler", schedule.scheduler.name().into()),
+            ("ss_lr_warmup_steps", schedule.warmup.to_string()),
+            ("ss_max_train_steps", schedule.total.map_or("None".into(), |n| n.to_string())),
             ("ss_steps", self.steps.to_string()),
             ("ss_max_grad_norm", c.max_grad_norm.to_string()),
             ("ss_gradient_accumulation_steps", c.gradient_accumulation_steps.to_string()),
             ("ss_mixed_precision", c.precision_name().into()),
             ("ss_seed", c.seed.to_string()),
-            ("ss_optimizer", optimizer),
+            ("ss_optimizer", c.optimizer.written()),
             ("modelspec.sai_model_spec", "1.0.1".into()),
             ("modelspec.title", c.output_name.clone().unwrap_or_else(|| "LoRA".into())),
         ]);

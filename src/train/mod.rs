@@ -13,6 +13,7 @@ mod init;
 pub mod network;
 pub mod optim;
 pub mod params;
+mod reader;
 pub mod schedule;
 pub mod state;
 #[cfg(test)]
