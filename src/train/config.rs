@@ -2,7 +2,7 @@
 
 use super::optim::Options;
 use super::reader::{unknown_keys, Reader};
-use super::schedule::{Schedule, Scheduler};
+use super::schedule::Schedule;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use once_cell::sync::Lazy;
@@ -159,7 +159,7 @@ impl Config {
             given => given.unwrap_or(same_scale),
         };
         let optimizer = read.optimizer();
-        let schedule = Self::read_schedule(&mut read, &optimizer);
+        let schedule = Schedule::read(&mut read, &optimizer);
         let max_grad_norm = read.number("max_grad_norm", 0.0).unwrap_or(1.0);
         let seed = read.whole("seed", (0, u64::MAX)).unwrap_or(0);
         let precisions = [("no", Float::F32), ("bf16", Float::BF16), ("fp16", Float::F16)];
@@ -182,107 +182,6 @@ impl Config {
         }
     }
 
-    fn read_schedule(read: &mut Reader, optimizer: &Options) -> Schedule {
-        let default = Schedule::default();
-        let base = read.number("learning_rate", f64::MIN_POSITIVE);
-        let scheduler = read.choice("lr_scheduler", &Scheduler::ALL);
-        let total = read.whole("max_train_steps", (1, u64::MAX));
-        let named = scheduler.unwrap_or(Scheduler::Constant).name();
-        let scheduler = scheduler.unwrap_or(default.scheduler);
-        if scheduler.ends() && read.get("max_train_steps").is_none() {
-            read.problem(format!("`lr_scheduler`: {named} needs max_train_steps"));
-        }
-        let warmup = read.steps("lr_warmup_steps", total);
-        if warmup > 0 && !scheduler.warms_up() {
-            read.problem(format!(
-                "`lr_warmup_steps` is {warmup}, but lr_scheduler {named} has no warm-up; use constant_with_warmup"
-            ));
-        }
-        let decay = read.steps("lr_decay_steps", total);
-        let stable_decay = scheduler == Scheduler::WarmupStableDecay;
-        if stable_decay && read.get("lr_decay_steps").is_none() {
-            read.problem("`lr_scheduler`: warmup_stable_decay needs lr_decay_steps".into());
-        }
-        if total.is_some_and(|total| warmup <= total && decay <= total && decay > total - warmup) {
-            read.problem(format!(
-                "`lr_decay_steps` is {decay}, more than lr_warmup_steps leave of max_train_steps"
-            ));
-        }
-        let cycles = read.whole("lr_scheduler_num_cycles", (1, 1 << 32)).unwrap_or(default.cycles);
-        let power = read.number("lr_scheduler_power", f64::MIN_POSITIVE).unwrap_or(default.power);
-        let timescale = read.whole("lr_scheduler_timescale", (1, u64::MAX));
-        let least = read.number("lr_scheduler_min_lr_ratio", 0.0);
-        if least.is_some_and(|least| least > 1.0) {
-            read.problem("`lr_scheduler_min_lr_ratio` is above 1".into());
-        }
-        if scheduler == Scheduler::CosineWithMinLr && read.get("lr_scheduler_min_lr_ratio").is_none() {
-            read.problem("`lr_scheduler`: cosine_with_min_lr needs lr_scheduler_min_lr_ratio".into());
-        }
-        // Front ends write every option with its default, whatever the schedule; another value was meant for something.
-        let inverse = scheduler == Scheduler::InverseSqrt;
-        for (name, used, changed) in [
-            ("lr_decay_steps", stable_decay, decay != default.decay),
-            ("lr_scheduler_num_cycles", scheduler.cycles(), cycles != default.cycles),
-            ("lr_scheduler_power", scheduler == Scheduler::Polynomial, power != default.power),
-            ("lr_scheduler_timescale", inverse, timescale.is_some()),
-            ("lr_scheduler_min_lr_ratio", scheduler.has_least(), least.is_some_and(|least| least != 0.0)),
-        ] {
-            if changed && !used {
-                read.problem(format!("`{name}` says nothing to lr_scheduler {named}"));
-            }
-        }
-        let mut schedule = Schedule {
-            scheduler,
-            base: base.unwrap_or(optimizer.default_learning_rate()),
-            warmup,
-            total,
-            cycles,
-            power,
-            least: least.unwrap_or(default.least),
-            timescale,
-            decay,
-            ..default
-        };
-        Self::read_schedule_args(read, &mut schedule);
-        schedule
-    }
-
-    fn read_schedule_args(read: &mut Reader, schedule: &mut Schedule) {
-        const PREFIX: &str = "lr_scheduler_args.";
-        let (polynomial, rules) =
-            (schedule.scheduler == Scheduler::Polynomial, schedule.scheduler == Scheduler::PiecewiseConstant);
-        let empty = Map::new();
-        let map = read.object("lr_scheduler_args").unwrap_or(&empty);
-        let mut read = Reader { map, prefix: PREFIX, problems: read.problems };
-        if polynomial || rules {
-            unknown_keys(map, PREFIX, &[if polynomial { "lr_end" } else { "step_rules" }], read.problems);
-        } else if let Some(name) = map.keys().next() {
-            read.problem(format!(
-                "`{PREFIX}{name}` says nothing to lr_scheduler {}",
-                schedule.scheduler.name()
-            ));
-        }
-        if polynomial {
-            schedule.end = read.number("lr_end", 0.0).unwrap_or(schedule.end);
-            if schedule.end >= schedule.base {
-                let what = format!("`{PREFIX}lr_end` is {}, not less than learning_rate", schedule.end);
-                read.problem(what);
-            }
-        }
-        if rules {
-            match (read.text("step_rules"), map.contains_key("step_rules")) {
-                (Some(text), _) => match Schedule::parse_rules(&text) {
-                    Some((rules, last)) => (schedule.rules, schedule.last) = (rules, last),
-                    None => read.problem(format!(
-                        "`{PREFIX}step_rules` is \"{text}\", expected multiples with ascending steps and a last multiple, as 1:10,0.1:20,0.01"
-                    )),
-                },
-                (None, true) => {}
-                (None, false) => read.problem("`lr_scheduler`: piecewise_constant needs lr_scheduler_args.step_rules".into()),
-            }
-        }
-    }
-
     /// The learning rates that these options describe.
     pub fn schedule(&self) -> &Schedule {
         &self.schedule
@@ -295,8 +194,6 @@ impl Config {
             "network_alpha": self.network_alpha,
             "conv_dim": self.conv_dim,
             "conv_alpha": self.conv_alpha,
-            "lr_scheduler": self.schedule.scheduler.name(),
-            "lr_warmup_steps": self.schedule.warmup,
             "max_grad_norm": self.max_grad_norm,
             "optimizer_type": self.optimizer.name(),
             "optimizer_args": self.optimizer.arguments(),
@@ -310,24 +207,9 @@ impl Config {
                 json[name] = json!(text);
             }
         }
-        let schedule = &self.schedule;
-        let scheduler = schedule.scheduler;
-        let mut put = |name: &str, used: bool, value: Value| {
-            if used {
-                json[name] = value;
-            }
-        };
-        put("learning_rate", scheduler != Scheduler::Adafactor, json!(schedule.base));
-        put("max_train_steps", schedule.total.is_some(), json!(schedule.total));
-        put("lr_decay_steps", scheduler == Scheduler::WarmupStableDecay, json!(schedule.decay));
-        put("lr_scheduler_num_cycles", scheduler.cycles(), json!(schedule.cycles));
-        put("lr_scheduler_power", scheduler == Scheduler::Polynomial, json!(schedule.power));
-        put("lr_scheduler_timescale", schedule.timescale.is_some(), json!(schedule.timescale));
-        put("lr_scheduler_min_lr_ratio", scheduler.has_least(), json!(schedule.least));
-        let (polynomial, rules) =
-            (json!({"lr_end": schedule.end}), json!({"step_rules": schedule.step_rules()}));
-        put("lr_scheduler_args", scheduler == Scheduler::Polynomial, polynomial);
-        put("lr_scheduler_args", scheduler == Scheduler::PiecewiseConstant, rules);
+        if let Value::Object(json) = &mut json {
+            self.schedule.write(json);
+        }
         json
     }
 

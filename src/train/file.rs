@@ -1,6 +1,6 @@
 //! A network's adapter file: written in kohya's form with its metadata, read to go on from any adapter that fits.
 
-use super::network::{file_name, train, Network};
+use super::network::{file_name, train, Built, Network};
 use super::params::to_host;
 use crate::adapter::safetensors::Writer;
 use crate::adapter::Adapter;
@@ -19,8 +19,13 @@ impl Network {
     /// Writes the adapter. `metadata` is added to what the network knows and wins over it; `ss_base_model_version` in it also decides
     /// modelspec's architecture.
     pub fn save(&self, path: &Path, dtype: Float, metadata: &BTreeMap<String, String>) -> Result<()> {
-        let params = &self.built()?.params;
-        let values = to_host(params.master())?;
+        let built = self.built()?;
+        let params = &built.params;
+        let averaged = match self.steps {
+            0 => None,
+            _ => tch::no_grad(|| built.optimizer.averaged(params.master()))?,
+        };
+        let values = to_host(averaged.as_ref().unwrap_or(params.master()))?;
         let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
         let mut broken = Vec::new();
         for module in &self.modules {
@@ -167,8 +172,12 @@ impl Network {
             let why = format!("does not fit this network: {}", problems.join("; "));
             return Err(Error::File { path: path.to_owned(), fault: FileFault::WrongKind { why } });
         }
-        let params = &mut self.built_mut()?.params;
+        let started = self.steps > 0;
+        let Built { params, optimizer, .. } = self.built_mut()?;
         values.iter().try_for_each(|(index, values)| params.set(*index, values))?;
+        if started {
+            tch::no_grad(|| optimizer.restart(params.master()))?;
+        }
         params.refresh()?;
         params.settle()?;
         Ok(taken)

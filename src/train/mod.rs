@@ -15,6 +15,7 @@ pub mod optim;
 pub mod params;
 mod reader;
 pub mod schedule;
+mod schedule_options;
 pub mod state;
 #[cfg(test)]
 mod tests;

@@ -139,7 +139,7 @@ impl Network {
         }
         // In the order of names, so that the layout does not depend on the order in which a host walks its model.
         let (mut plan, mut owners, mut ranges) =
-            (Plan::default(), Vec::new(), vec![0..0; self.modules.len()]);
+            (Plan::new(self.config.optimizer.alignment()), Vec::new(), vec![0..0; self.modules.len()]);
         for index in self.by_name() {
             let first = owners.len();
             for parameter in &self.modules[index].parameters {

@@ -73,6 +73,11 @@ impl Scheduler {
         !matches!(self, Scheduler::Constant | Scheduler::PiecewiseConstant | Scheduler::Adafactor)
     }
 
+    /// Whether the rate ever becomes smaller.
+    pub fn falls(self) -> bool {
+        !matches!(self, Scheduler::Constant | Scheduler::ConstantWithWarmup)
+    }
+
     /// Whether it must know max_train_steps.
     pub fn ends(self) -> bool {
         use Scheduler::*;

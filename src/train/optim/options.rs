@@ -1,6 +1,9 @@
 //! The optimizers by their names in a configuration, and what is told about their options.
 
-use super::{adamw, lion, sgd, Layout, Optimizer};
+use super::{
+    adafactor, adamw, adamw8bit, adamw_schedule_free, came, dadapt_adam, dadapt_lion, lion, prodigy,
+    radam_schedule_free, sgd, Layout, Optimizer,
+};
 use crate::error::Result;
 use serde_json::{Map, Value};
 use tch::Tensor;
@@ -28,6 +31,25 @@ pub const FRACTION: Check = Check("a number from 0 to below 1", |v| number(v, |n
 pub const OPEN_FRACTION: Check = Check("a number above 0 and below 1", |v| number(v, |n| n > 0.0 && n < 1.0));
 /// Two decay rates.
 pub const TWO_FRACTIONS: Check = Check("two numbers from 0 to below 1", |v| fractions(v, 2));
+/// Three decay rates.
+pub const THREE_FRACTIONS: Check = Check("three numbers from 0 to below 1", |v| fractions(v, 3));
+/// Two decay rates, of which the first is divided by.
+pub const BETAS_OF_AVERAGE: Check = Check("two numbers from 0 to below 1, the first above 0", |v| {
+    fractions(v, 2) && number(&v[0], |b| b > 0.0)
+});
+/// Two numbers that are added to squares.
+pub const TWO_AT_LEAST_0: Check = Check("two numbers of at least 0", |v| {
+    v.as_array().is_some_and(|a| a.len() == 2 && a.iter().all(|v| number(v, |n| n >= 0.0)))
+});
+/// Any exponent.
+pub const FINITE: Check = Check("a number", |v| number(v, |_| true));
+/// An exponent that shrinks.
+pub const NEGATIVE: Check = Check("a number below 0", |v| number(v, |n| n < 0.0));
+/// A count that may be 0.
+pub const WHOLE: Check = Check("a whole number", Value::is_u64);
+/// A count.
+pub const COUNT: Check =
+    Check("a whole number, 1 to 65536", |v| v.as_u64().is_some_and(|n| (1..=65536).contains(&n)));
 /// A switch.
 pub const FLAG: Check = Check("true or false", Value::is_boolean);
 
@@ -94,12 +116,37 @@ optimizers! {
     AdamW in adamw, "Adam with decoupled weight decay, as in torch";
     SGDNesterov in sgd, "SGD with Nesterov's momentum, as in torch";
     Lion in lion, "sign of a mean, as in lion-pytorch; wants a third of AdamW's rate or less";
+    Adafactor in adafactor, "as in transformers; learning_rate needs relative_step false";
+    CAME in came, "Adafactor that trusts steady updates more, as in came-pytorch";
+    Prodigy in prodigy, "finds its rate, as in prodigyopt; learning_rate 1, a factor of what it finds";
+    DAdaptAdam in dadapt_adam, "finds its rate, as in dadaptation; learning_rate 1, a factor of what it finds";
+    DAdaptLion in dadapt_lion, "finds its rate, as in dadaptation; learning_rate 1, a factor of what it finds";
+    AdamWScheduleFree in adamw_schedule_free, "as in schedulefree; the file gets the average";
+    RAdamScheduleFree in radam_schedule_free, "as in schedulefree; the file gets the average";
+    AdamW8bit in adamw8bit, "AdamW with its state in 8 bits, as in bitsandbytes";
 }
 
 impl Options {
     /// The learning rate of a configuration that gives none.
     pub fn default_learning_rate(&self) -> f64 {
-        1e-4
+        match self {
+            Options::Prodigy(_) | Options::DAdaptAdam(_) | Options::DAdaptLion(_) => 1.0,
+            _ => 1e-4,
+        }
+    }
+
+    /// Whether it averages instead of following a schedule that falls.
+    pub fn schedule_free(&self) -> bool {
+        matches!(self, Options::AdamWScheduleFree(_) | Options::RAdamScheduleFree(_))
+    }
+
+    /// Of what parameters have to begin at a multiple; 1 if anywhere.
+    pub fn alignment(&self) -> usize {
+        if matches!(self, Options::AdamW8bit(_)) {
+            adamw8bit::SCALED
+        } else {
+            1
+        }
     }
 
     /// As sd-scripts writes it into a file: `AdamW(betas=(0.9, 0.999),eps=1e-8,weight_decay=0.01)`.

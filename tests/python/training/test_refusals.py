@@ -59,6 +59,18 @@ def test_all_problems_of_a_config_come_in_one_message():
         ({"optimizer_type": "Lyon", "optimizer_args": {"eps": "what"}}, "the nearest is Lion"),
         ({"optimizer_type": "lion", "optimizer_args": {"beta": 1}}, "the nearest is `optimizer_args.betas`"),
         ({"lr_scheduler": "linear"}, "linear needs max_train_steps"),
+        ({"optimizer_type": "Adafactor", "learning_rate": 1e-3}, "set optimizer_args.relative_step to false"),
+        ({"optimizer_type": "Adafactor", "lr_scheduler": "constant"}, "relative_step go together"),
+        ({"lr_scheduler": "adafactor"}, "relative_step go together"),
+        (
+            {"optimizer_type": "Adafactor", "optimizer_args": {"relative_step": False, "warmup_init": True}},
+            "`optimizer_args.warmup_init` needs relative_step",
+        ),
+        (
+            {"optimizer_type": "AdamWScheduleFree", "lr_scheduler": "linear", "max_train_steps": 9},
+            "AdamWScheduleFree averages instead; use constant or constant_with_warmup",
+        ),
+        ({"optimizer_type": "RAdamScheduleFree", "optimizer_args": {"betas": [0, 0.9]}}, "the first above 0"),
         ({"lr_scheduler_power": 2}, "says nothing to lr_scheduler constant"),
         ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` is 0"),
         ({"network_alpha": -1}, "`network_alpha` is -1"),
