@@ -52,7 +52,7 @@ static KEYS: &[Key] = &[
         "cosine_with_restarts: falls of the rate; cosine_with_min_lr, warmup_stable_decay: half waves of it",
     ),
     key("lr_scheduler_power", "1", "polynomial: its power"),
-    key("lr_scheduler_timescale", "lr_warmup_steps or 10000", "inverse_sqrt: steps in which the time doubles first"),
+    key("lr_scheduler_timescale", "lr_warmup_steps or 10000", "inverse_sqrt: steps after the warm-up until the rate is learning_rate / sqrt(2)"),
     key(
         "lr_scheduler_min_lr_ratio",
         "none",

@@ -24,7 +24,7 @@ pub use options::Options;
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
-/// Elements per pass: bounds the temporaries at 64 MiB each, without any effect on the values.
+/// Elements per pass: bounds the temporaries at 64 MiB each. Nothing but the order of a sum over all parameters depends on it.
 const BLOCK: usize = 1 << 24;
 
 /// The rule by which gradients become a change of the parameters.
@@ -67,11 +67,6 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Length of the buffers.
-    pub fn length(&self) -> usize {
-        self.groups.last().map_or(0, |(range, _)| range.end)
-    }
-
     /// The factor of a parameter's learning rate.
     fn factor(&self, segment: &Segment) -> f64 {
         self.groups
