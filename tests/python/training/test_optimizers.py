@@ -164,16 +164,16 @@ CASES = {
     "Adafactor, given rate": Case(
         "Adafactor",
         lambda p, lr: Adafactor(
-            p, lr, (1e-10, 1e-2), clip_threshold=0.5, weight_decay=0.1, relative_step=False, beta1=0.5
+            p, lr, (1e-2, 2.0), clip_threshold=0.5, weight_decay=0.1, relative_step=False, beta1=0.5
         ),
-        {"eps": [1e-10, 1e-2], "clip_threshold": 0.5, "weight_decay": 0.1, "relative_step": False, "beta1": 0.5},
+        {"eps": [1e-2, 2.0], "clip_threshold": 0.5, "weight_decay": 0.1, "relative_step": False, "beta1": 0.5},
         COSINE,
     ),
     "CAME": Case("CAME", lambda p, lr: came_pytorch.CAME(p, lr), rate=1e-3),
     "CAME, options": Case(
         "came",
-        lambda p, lr: came_pytorch.CAME(p, lr, (1e-20, 1e-10), 0.5, (0.8, 0.95, 0.99), 0.1),
-        {"eps": [1e-20, 1e-10], "clip_threshold": 0.5, "betas": [0.8, 0.95, 0.99], "weight_decay": 0.1},
+        lambda p, lr: came_pytorch.CAME(p, lr, (1e-2, 1e-3), 0.5, (0.8, 0.95, 0.99), 0.1),
+        {"eps": [1e-2, 1e-3], "clip_threshold": 0.5, "betas": [0.8, 0.95, 0.99], "weight_decay": 0.1},
         COSINE,
     ),
     "Prodigy": Case("Prodigy", d_adapted(prodigyopt.Prodigy), rate=1.0, tolerance=D_TOLERANCE),
@@ -301,6 +301,7 @@ CASES = {
             "weight_lr_power": 1.5,
             "silent_sgd_phase": False,
         },
+        WARMUP,
         rate=1e-3,
     ),
     # Parameters of at least 64 values, which most are; some of them fill their last block of 256 and some do not.
