@@ -174,7 +174,8 @@ class Network(Closable):
     ) -> None:
         """Writes the adapter as a kohya safetensors file, whole or not at all.
 
-        `dtype` is "fp32", "fp16" or "bf16"; `metadata` is added.
+        `dtype` is "fp32", "fp16" or "bf16"; `metadata` is added. With a schedule-free optimizer the file gets the
+        average, which `parameters`, where gradients are taken, is not.
         """
         added = None if metadata is None else json.dumps(dict(metadata)).encode()
         self._call("lycore_network_save", encoded_path(os.fspath(path)), dtype.encode(), added)

@@ -1,7 +1,8 @@
 //! The options of a training run: read from JSON, checked completely, all problems told at once.
 
-use super::optim::adamw;
-use super::schedule::{Schedule, Scheduler};
+use super::optim::Options;
+use super::reader::{unknown_keys, Reader};
+use super::schedule::Schedule;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use once_cell::sync::Lazy;
@@ -28,21 +29,48 @@ static KEYS: &[Key] = &[
     ),
     key("conv_dim", "network_dim", "rank of convolutions with a larger kernel"),
     key("conv_alpha", "the same scale as network_alpha", "as network_alpha, for conv_dim"),
-    key("learning_rate", "1e-4", "rate of the optimizer, before the schedule"),
+    key(
+        "learning_rate",
+        "1e-4",
+        "rate of the optimizer, before the schedule; 1 for those that find the rate themselves",
+    ),
     key(
         "lr_scheduler",
         "\"constant\"",
-        "constant, constant_with_warmup or cosine (ends at 0 with max_train_steps and stays there)",
+        "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr, \
+         warmup_stable_decay, piecewise_constant; adafactor: that of Adafactor's relative_step, and its default",
     ),
     key("lr_warmup_steps", "0", "steps of a linear rise from 0; below 1: a share of max_train_steps"),
+    key(
+        "lr_decay_steps",
+        "none",
+        "warmup_stable_decay: steps of the fall at the end; below 1: a share of max_train_steps",
+    ),
+    key(
+        "lr_scheduler_num_cycles",
+        "1",
+        "cosine_with_restarts: falls of the rate; cosine_with_min_lr, warmup_stable_decay: half waves of it",
+    ),
+    key("lr_scheduler_power", "1", "polynomial: its power"),
+    key("lr_scheduler_timescale", "lr_warmup_steps or 10000", "inverse_sqrt: steps after the warm-up until the rate is learning_rate / sqrt(2)"),
+    key(
+        "lr_scheduler_min_lr_ratio",
+        "none",
+        "cosine_with_min_lr (needs it), warmup_stable_decay (0): least rate, as a share of learning_rate",
+    ),
+    key(
+        "lr_scheduler_args",
+        "{}",
+        "polynomial: {\"lr_end\": 1e-7}; piecewise_constant: {\"step_rules\": \"1:10,0.1:20,0.01\"}, 1 x up to step 10, ..",
+    ),
     key("max_train_steps", "none", "length of the run in optimizer steps; only the schedule looks at it"),
     key(
         "max_grad_norm",
         "1.0",
         "gradients of a larger norm, over all parameters, are scaled down to it; 0 is off",
     ),
-    key("optimizer_type", "\"AdamW\"", "AdamW"),
-    key("optimizer_args", "{}", "AdamW: {\"betas\": [0.9, 0.999], \"eps\": 1e-8, \"weight_decay\": 0.01}"),
+    key("optimizer_type", "\"AdamW\"", "one of those below, in any case"),
+    key("optimizer_args", "{}", "what to change of the optimizer's defaults, which stand below"),
     key("seed", "0", "chooses the start values, together with each module's name"),
     key(
         "mixed_precision",
@@ -65,12 +93,9 @@ pub struct Config {
     pub(crate) network_alpha: f64,
     pub(crate) conv_dim: usize,
     pub(crate) conv_alpha: f64,
-    pub(crate) learning_rate: f64,
-    pub(crate) lr_scheduler: Scheduler,
-    pub(crate) lr_warmup_steps: u64,
-    pub(crate) max_train_steps: Option<u64>,
+    pub(crate) schedule: Schedule,
     pub(crate) max_grad_norm: f64,
-    pub(crate) optimizer: adamw::Options,
+    pub(crate) optimizer: Options,
     pub(crate) seed: u64,
     pub(crate) mixed_precision: Float,
     pub(crate) gradient_accumulation_steps: u64,
@@ -98,11 +123,19 @@ impl Config {
         }
     }
 
-    /// Every key with its default and meaning, one per line.
+    /// Every key with its default and meaning, one per line, then every optimizer with its options.
     pub fn schema() -> &'static str {
         static TEXT: Lazy<String> = Lazy::new(|| {
             let line = |k: &Key| format!("{:<28} {:<32} {}\n", k.name, k.default, k.about);
-            format!("{:<28} {:<32} meaning\n", "key", "default") + &KEYS.iter().map(line).collect::<String>()
+            let optimizer = |name: &&str| {
+                let options = Options::of(name)?;
+                let arguments = Value::Object(options.arguments());
+                Some(format!("{:<28} {}\n{:<28} {arguments}\n", name, options.about(), ""))
+            };
+            format!("{:<28} {:<32} meaning\n", "key", "default")
+                + &KEYS.iter().map(line).collect::<String>()
+                + &format!("\n{:<28} meaning, optimizer_args (null is off)\n", "optimizer_type")
+                + &Options::NAMES.iter().filter_map(optimizer).collect::<String>()
         });
         &TEXT
     }
@@ -125,16 +158,9 @@ impl Config {
             Some(0.0) => conv_dim as f64,
             given => given.unwrap_or(same_scale),
         };
-        let learning_rate = read.number("learning_rate", f64::MIN_POSITIVE).unwrap_or(1e-4);
-        let lr_scheduler = read.choice("lr_scheduler", &Scheduler::ALL).unwrap_or(Scheduler::Constant);
-        let max_train_steps = read.whole("max_train_steps", (1, u64::MAX));
-        let lr_warmup_steps = read.warmup(lr_scheduler, max_train_steps);
-        if lr_scheduler == Scheduler::Cosine && !map.contains_key("max_train_steps") {
-            read.problem("`lr_scheduler`: cosine needs max_train_steps".into());
-        }
+        let optimizer = read.optimizer();
+        let schedule = Schedule::read(&mut read, &optimizer);
         let max_grad_norm = read.number("max_grad_norm", 0.0).unwrap_or(1.0);
-        read.choice("optimizer_type", &[("AdamW", ())]);
-        let optimizer = read.adamw();
         let seed = read.whole("seed", (0, u64::MAX)).unwrap_or(0);
         let precisions = [("no", Float::F32), ("bf16", Float::BF16), ("fp16", Float::F16)];
         let mixed_precision = read.choice("mixed_precision", &precisions).unwrap_or(Float::F32);
@@ -145,10 +171,7 @@ impl Config {
             network_alpha,
             conv_dim: conv_dim as usize,
             conv_alpha,
-            learning_rate,
-            lr_scheduler,
-            lr_warmup_steps,
-            max_train_steps,
+            schedule,
             max_grad_norm,
             optimizer,
             seed,
@@ -160,13 +183,8 @@ impl Config {
     }
 
     /// The learning rates that these options describe.
-    pub fn schedule(&self) -> Schedule {
-        Schedule {
-            scheduler: self.lr_scheduler,
-            base: self.learning_rate,
-            warmup: self.lr_warmup_steps,
-            total: self.max_train_steps.unwrap_or(u64::MAX),
-        }
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
     }
 
     /// The resolved options; parsing them again gives an equal set.
@@ -176,16 +194,9 @@ impl Config {
             "network_alpha": self.network_alpha,
             "conv_dim": self.conv_dim,
             "conv_alpha": self.conv_alpha,
-            "learning_rate": self.learning_rate,
-            "lr_scheduler": self.lr_scheduler.name(),
-            "lr_warmup_steps": self.lr_warmup_steps,
             "max_grad_norm": self.max_grad_norm,
-            "optimizer_type": "AdamW",
-            "optimizer_args": {
-                "betas": [self.optimizer.betas.0, self.optimizer.betas.1],
-                "eps": self.optimizer.eps,
-                "weight_decay": self.optimizer.weight_decay,
-            },
+            "optimizer_type": self.optimizer.name(),
+            "optimizer_args": self.optimizer.arguments(),
             "seed": self.seed,
             "mixed_precision": self.precision_name(),
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
@@ -196,8 +207,8 @@ impl Config {
                 json[name] = json!(text);
             }
         }
-        if let Some(steps) = self.max_train_steps {
-            json["max_train_steps"] = json!(steps);
+        if let Value::Object(json) = &mut json {
+            self.schedule.write(json);
         }
         json
     }
@@ -212,142 +223,6 @@ impl Config {
     }
 }
 
-/// Takes values out of an object and collects what is wrong with them. An absent key and null are the default.
-struct Reader<'a> {
-    map: &'a Map<String, Value>,
-    prefix: &'static str,
-    problems: &'a mut Vec<String>,
-}
-
-impl<'a> Reader<'a> {
-    fn problem(&mut self, text: String) {
-        self.problems.push(text);
-    }
-
-    fn get(&self, name: &str) -> Option<&'a Value> {
-        self.map.get(name).filter(|v| !v.is_null())
-    }
-
-    fn wrong(&mut self, name: &str, value: &Value, expected: &str) {
-        self.problems.push(format!("`{}{name}` is {value}, expected {expected}", self.prefix));
-    }
-
-    fn number(&mut self, name: &str, least: f64) -> Option<f64> {
-        let value = self.get(name)?;
-        let number = value.as_f64().filter(|&n| n.is_finite() && n >= least);
-        if number.is_none() {
-            self.wrong(name, value, if least == 0.0 { "a number of at least 0" } else { "a number above 0" });
-        }
-        number
-    }
-
-    fn whole(&mut self, name: &str, (least, most): (u64, u64)) -> Option<u64> {
-        let value = self.get(name)?;
-        let number = value.as_u64().filter(|n| (least..=most).contains(n));
-        if number.is_none() {
-            let range =
-                if most == u64::MAX { format!("{least} or more") } else { format!("{least} to {most}") };
-            self.wrong(name, value, &format!("a whole number, {range}"));
-        }
-        number
-    }
-
-    fn text(&mut self, name: &str) -> Option<String> {
-        let value = self.get(name)?;
-        if !value.is_string() {
-            self.wrong(name, value, "text");
-        }
-        value.as_str().map(str::to_owned)
-    }
-
-    /// Case does not matter, as in sd-scripts.
-    fn choice<T: Copy>(&mut self, name: &str, choices: &[(&str, T)]) -> Option<T> {
-        let value = self.get(name)?;
-        let chosen = value.as_str().and_then(|s| choices.iter().find(|(c, _)| c.eq_ignore_ascii_case(s)));
-        if chosen.is_none() {
-            let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
-            self.wrong(name, value, &names.join(", "));
-        }
-        chosen.map(|(_, v)| *v)
-    }
-
-    fn warmup(&mut self, scheduler: Scheduler, total: Option<u64>) -> u64 {
-        let Some(value) = self.get("lr_warmup_steps") else { return 0 };
-        let steps = match (value.as_u64(), value.as_f64()) {
-            (Some(steps), _) => steps,
-            (None, Some(share)) if (0.0..1.0).contains(&share) => match total {
-                Some(total) => (share * total as f64) as u64,
-                None => {
-                    self.problem(format!(
-                        "`lr_warmup_steps` is {share}, a share of max_train_steps, which is missing"
-                    ));
-                    return 0;
-                }
-            },
-            _ => {
-                self.wrong("lr_warmup_steps", value, "a whole number, or a share from 0 to below 1");
-                return 0;
-            }
-        };
-        if steps > 0 && scheduler == Scheduler::Constant {
-            self.problem(format!(
-                "`lr_warmup_steps` is {steps}, but lr_scheduler constant has no warm-up; use constant_with_warmup"
-            ));
-        }
-        if total.is_some_and(|total| steps > total) {
-            self.problem(format!("`lr_warmup_steps` is {steps}, more than max_train_steps"));
-        }
-        steps
-    }
-
-    fn adamw(&mut self) -> adamw::Options {
-        let default = adamw::Options::default();
-        let Some(value) = self.get("optimizer_args") else { return default };
-        let Value::Object(map) = value else {
-            self.wrong("optimizer_args", value, "an object");
-            return default;
-        };
-        const PREFIX: &str = "optimizer_args.";
-        unknown_keys(map, PREFIX, &["betas", "eps", "weight_decay"], self.problems);
-        let mut read = Reader { map, prefix: PREFIX, problems: self.problems };
-        let mut betas = default.betas;
-        if let Some(value) = read.get("betas") {
-            let beta = |v: &Value| v.as_f64().filter(|b| (0.0..1.0).contains(b));
-            match value.as_array().map(|a| a.iter().map(beta).collect::<Vec<_>>()).as_deref() {
-                Some([Some(first), Some(second)]) => betas = (*first, *second),
-                _ => read.wrong("betas", value, "two numbers from 0 to below 1"),
-            }
-        }
-        adamw::Options {
-            betas,
-            eps: read.number("eps", 0.0).unwrap_or(default.eps),
-            weight_decay: read.number("weight_decay", 0.0).unwrap_or(default.weight_decay),
-        }
-    }
-}
-
-fn unknown_keys(map: &Map<String, Value>, prefix: &str, known: &[&str], problems: &mut Vec<String>) {
-    for name in map.keys().filter(|name| !known.contains(&name.as_str())) {
-        let nearest = known.iter().min_by_key(|k| distance(name, k)).unwrap_or(&"");
-        problems.push(format!("`{prefix}{name}` is not an option; the nearest is `{prefix}{nearest}`"));
-    }
-}
-
-/// Levenshtein's distance, without regard to case.
-fn distance(a: &str, b: &str) -> usize {
-    let (a, b) = (a.to_ascii_lowercase(), b.to_ascii_lowercase());
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.chars().enumerate() {
-            let substituted = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.chars().count()]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -356,14 +231,15 @@ mod tests {
     fn defaults_follow_each_other() {
         let c = Config::parse("").unwrap();
         assert_eq!((c.network_dim, c.network_alpha, c.conv_dim, c.conv_alpha), (16, 16.0, 16, 16.0));
-        assert_eq!((c.learning_rate, c.max_grad_norm, c.optimizer), (1e-4, 1.0, adamw::Options::default()));
+        assert_eq!((c.schedule, c.max_grad_norm), (Schedule::default(), 1.0));
+        assert_eq!(Some(c.optimizer), Options::of("AdamW"));
         let c = Config::parse(r#"{"network_dim": 32, "network_alpha": 8, "conv_dim": 4}"#).unwrap();
         assert_eq!((c.network_alpha, c.conv_dim, c.conv_alpha), (8.0, 4, 1.0));
         let c = Config::parse(r#"{"network_dim": 8, "network_alpha": 0, "conv_alpha": 2}"#).unwrap();
         assert_eq!((c.network_alpha, c.conv_dim, c.conv_alpha), (8.0, 8, 2.0));
         let text = r#"{"lr_scheduler": "Cosine", "max_train_steps": 200, "lr_warmup_steps": 0.1}"#;
         let c = Config::parse(text).unwrap();
-        assert_eq!((c.lr_warmup_steps, c.schedule().learning_rate(10)), (20, 5e-5));
+        assert_eq!((c.schedule.warmup, c.schedule().learning_rate(10)), (20, 5e-5));
     }
 
     #[test]
@@ -393,25 +269,95 @@ mod tests {
         assert!(constant.contains("constant_with_warmup"), "{constant}");
     }
 
+    /// A configuration for every schedule and every optimizer, with values that are no defaults.
+    fn varied() -> Vec<Config> {
+        let schedules = [
+            r#"{"network_dim": 3, "network_alpha": 1.7, "conv_dim": 7, "lr_scheduler": "cosine", "max_train_steps": 18446744073709551615,
+                "optimizer_args": {"betas": [0.1, 0.2], "eps": 3e-9, "weight_decay": 0}, "mixed_precision": "bf16", "output_name": "ä"}"#,
+            r#"{"lr_scheduler": "polynomial", "max_train_steps": 9, "lr_scheduler_power": 2.5, "lr_scheduler_args": {"lr_end": 3e-6}}"#,
+            r#"{"lr_scheduler": "Inverse_Sqrt", "lr_scheduler_timescale": 12, "lr_warmup_steps": 3, "training_comment": "b"}"#,
+            r#"{"lr_scheduler": "warmup_stable_decay", "max_train_steps": 20, "lr_decay_steps": 0.25, "lr_scheduler_num_cycles": 3,
+                "lr_scheduler_min_lr_ratio": 0.125}"#,
+            r#"{"lr_scheduler": "cosine_with_min_lr", "max_train_steps": 20, "lr_scheduler_min_lr_ratio": 0}"#,
+            r#"{"lr_scheduler": "piecewise_constant", "lr_scheduler_args": {"step_rules": "1:5,0.3:7,0.01"}}"#,
+            r#"{"lr_scheduler": "cosine_with_restarts", "max_train_steps": 20, "lr_scheduler_num_cycles": 3, "learning_rate": 0.3}"#,
+        ];
+        let optimizers =
+            Options::NAMES.iter().map(|name| format!(r#"{{"optimizer_type": "{}"}}"#, name.to_uppercase()));
+        schedules
+            .map(str::to_owned)
+            .into_iter()
+            .chain(optimizers)
+            .map(|text| Config::parse(&text).unwrap())
+            .collect()
+    }
+
     #[test]
     fn resolved_options_parse_to_themselves() {
-        let text = r#"{"network_dim": 3, "network_alpha": 1.7, "conv_dim": 7, "lr_scheduler": "cosine", "max_train_steps": 18446744073709551615,
-            "optimizer_args": {"betas": [0.1, 0.2], "eps": 3e-9, "weight_decay": 0}, "mixed_precision": "bf16", "output_name": "ä"}"#;
-        let c = Config::parse(text).unwrap();
-        assert_eq!(Config::parse(&c.to_json().to_string()).unwrap(), c);
+        for c in varied() {
+            assert_eq!(Config::parse(&c.to_json().to_string()).unwrap(), c);
+        }
     }
 
     #[test]
     fn the_schema_names_exactly_the_keys_that_are_read() {
-        let mut full =
-            Config::parse(r#"{"max_train_steps": 5, "output_name": "a", "training_comment": "b"}"#)
-                .unwrap()
-                .to_json();
-        let resolved = full.as_object_mut().unwrap();
+        let mut written: Vec<String> = Vec::new();
+        for config in varied() {
+            written.extend(config.to_json().as_object().unwrap().keys().cloned());
+        }
         for key in KEYS {
             assert!(Config::schema().lines().any(|l| l.starts_with(key.name) && l.contains(key.about)));
-            assert!(resolved.remove(key.name).is_some(), "{}", key.name);
+            assert!(written.iter().any(|name| name == key.name), "{}", key.name);
+            written.retain(|name| name != key.name);
         }
-        assert!(resolved.is_empty(), "{resolved:?}");
+        assert!(written.is_empty(), "{written:?}");
+        for name in Options::NAMES {
+            assert!(Config::schema().lines().any(|l| l.split_whitespace().next() == Some(name)), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_a_schedule_needs_or_does_not_know_is_told() {
+        for (text, part) in [
+            (r#"{"lr_scheduler": "linear"}"#, "linear needs max_train_steps"),
+            (r#"{"lr_scheduler": "cosin"}"#, "the nearest is cosine"),
+            (r#"{"optimizer_type": "Lyon"}"#, "the nearest is Lion"),
+            (
+                r#"{"lr_scheduler": "cosine_with_min_lr", "max_train_steps": 5}"#,
+                "needs lr_scheduler_min_lr_ratio",
+            ),
+            (r#"{"lr_scheduler": "warmup_stable_decay", "max_train_steps": 5}"#, "needs lr_decay_steps"),
+            (
+                r#"{"lr_scheduler": "warmup_stable_decay", "max_train_steps": 5, "lr_decay_steps": 3, "lr_warmup_steps": 3}"#,
+                "more than lr_warmup_steps leave",
+            ),
+            (r#"{"lr_scheduler_power": 2}"#, "`lr_scheduler_power` says nothing to lr_scheduler constant"),
+            (r#"{"lr_scheduler_args": {"lr_end": 1}}"#, "`lr_scheduler_args.lr_end` says nothing"),
+            (
+                r#"{"lr_scheduler": "polynomial", "max_train_steps": 5, "lr_scheduler_args": {"lr_ends": 0}}"#,
+                "nearest is `lr_scheduler_args.lr_end`",
+            ),
+            (
+                r#"{"lr_scheduler": "polynomial", "max_train_steps": 5, "learning_rate": 1e-8}"#,
+                "not less than learning_rate",
+            ),
+            (r#"{"lr_scheduler": "piecewise_constant"}"#, "needs lr_scheduler_args.step_rules"),
+            (
+                r#"{"lr_scheduler": "piecewise_constant", "lr_scheduler_args": {"step_rules": "1:5"}}"#,
+                "as 1:10,0.1:20,0.01",
+            ),
+            (
+                r#"{"optimizer_type": "Lion", "optimizer_args": {"eps": 1}}"#,
+                "`optimizer_args.eps` is not an option",
+            ),
+        ] {
+            let told = Config::parse(text).unwrap_err().to_string();
+            assert!(told.contains(part), "`{part}` is missing in: {told}");
+        }
+        // What front ends write for every schedule is accepted.
+        assert!(Config::parse(
+            r#"{"lr_scheduler_num_cycles": 1, "lr_scheduler_power": 1.0, "lr_scheduler_args": {}}"#
+        )
+        .is_ok());
     }
 }

@@ -1,6 +1,6 @@
 //! A network's adapter file: written in kohya's form with its metadata, read to go on from any adapter that fits.
 
-use super::network::{file_name, train, Network};
+use super::network::{file_name, train, Built, Network};
 use super::params::to_host;
 use crate::adapter::safetensors::Writer;
 use crate::adapter::Adapter;
@@ -19,8 +19,13 @@ impl Network {
     /// Writes the adapter. `metadata` is added to what the network knows and wins over it; `ss_base_model_version` in it also decides
     /// modelspec's architecture.
     pub fn save(&self, path: &Path, dtype: Float, metadata: &BTreeMap<String, String>) -> Result<()> {
-        let params = &self.built()?.params;
-        let values = to_host(params.master())?;
+        let built = self.built()?;
+        let params = &built.params;
+        let averaged = match self.steps {
+            0 => None,
+            _ => tch::no_grad(|| built.optimizer.averaged(params.master()))?,
+        };
+        let values = to_host(averaged.as_ref().unwrap_or(params.master()))?;
         let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
         let mut broken = Vec::new();
         for module in &self.modules {
@@ -66,25 +71,21 @@ impl Network {
     /// What sd-scripts and modelspec would say about this network; every value is text.
     fn metadata(&self, base: Option<&str>) -> BTreeMap<String, String> {
         let c = &self.config;
-        let (b1, b2) = c.optimizer.betas;
-        let optimizer = format!(
-            "AdamW(betas=({b1:?}, {b2:?}),eps={:?},weight_decay={:?})",
-            c.optimizer.eps, c.optimizer.weight_decay
-        );
+        let schedule = c.schedule();
         let mut all: BTreeMap<&str, String> = BTreeMap::from([
             ("ss_network_module", "networks.lora".into()),
             ("ss_network_dim", c.network_dim.to_string()),
             ("ss_network_alpha", c.network_alpha.to_string()),
-            ("ss_learning_rate", c.learning_rate.to_string()),
-            ("ss_lr_scheduler", c.lr_scheduler.name().into()),
-            ("ss_lr_warmup_steps", c.lr_warmup_steps.to_string()),
-            ("ss_max_train_steps", c.max_train_steps.map_or("None".into(), |n| n.to_string())),
+            ("ss_learning_rate", schedule.base.to_string()),
+            ("ss_lr_scheduler", schedule.scheduler.name().into()),
+            ("ss_lr_warmup_steps", schedule.warmup.to_string()),
+            ("ss_max_train_steps", schedule.total.map_or("None".into(), |n| n.to_string())),
             ("ss_steps", self.steps.to_string()),
             ("ss_max_grad_norm", c.max_grad_norm.to_string()),
             ("ss_gradient_accumulation_steps", c.gradient_accumulation_steps.to_string()),
             ("ss_mixed_precision", c.precision_name().into()),
             ("ss_seed", c.seed.to_string()),
-            ("ss_optimizer", optimizer),
+            ("ss_optimizer", c.optimizer.written()),
             ("modelspec.sai_model_spec", "1.0.1".into()),
             ("modelspec.title", c.output_name.clone().unwrap_or_else(|| "LoRA".into())),
         ]);
@@ -171,8 +172,12 @@ impl Network {
             let why = format!("does not fit this network: {}", problems.join("; "));
             return Err(Error::File { path: path.to_owned(), fault: FileFault::WrongKind { why } });
         }
-        let params = &mut self.built_mut()?.params;
+        let started = self.steps > 0;
+        let Built { params, optimizer, .. } = self.built_mut()?;
         values.iter().try_for_each(|(index, values)| params.set(*index, values))?;
+        if started {
+            tch::no_grad(|| optimizer.restart(params.master()))?;
+        }
         params.refresh()?;
         params.settle()?;
         Ok(taken)

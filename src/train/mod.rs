@@ -13,7 +13,9 @@ mod init;
 pub mod network;
 pub mod optim;
 pub mod params;
+mod reader;
 pub mod schedule;
+mod schedule_options;
 pub mod state;
 #[cfg(test)]
 mod tests;

@@ -2,11 +2,12 @@
 
 use super::config::Config;
 use super::init;
-use super::optim::{adamw::AdamW, Optimizer};
+use super::optim::{Layout, Optimizer};
 use super::params::{Params, Plan};
 use crate::algo::{lora, Parameter, Trainable};
 use crate::error::{Error, Result};
-use crate::merge::bypass::{Geometry, Layout};
+use crate::merge::bypass;
+use crate::merge::bypass::Geometry;
 use std::collections::HashMap;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
@@ -138,7 +139,7 @@ impl Network {
         }
         // In the order of names, so that the layout does not depend on the order in which a host walks its model.
         let (mut plan, mut owners, mut ranges) =
-            (Plan::default(), Vec::new(), vec![0..0; self.modules.len()]);
+            (Plan::new(self.config.optimizer.alignment()), Vec::new(), vec![0..0; self.modules.len()]);
         for index in self.by_name() {
             let first = owners.len();
             for parameter in &self.modules[index].parameters {
@@ -152,7 +153,13 @@ impl Network {
             let (module, parameter) = owners[i];
             init::fill(values, parameter.init, seed, &self.modules[module].name, parameter.slot);
         })?;
-        let optimizer = Box::new(AdamW::new(self.config.optimizer, params.master())?);
+        let length = params.master().size().iter().product::<i64>() as usize;
+        let layout = Layout {
+            segments: params.segments().to_vec(),
+            groups: vec![(0..length, 1.0)],
+            learning_rate: self.config.schedule().base,
+        };
+        let optimizer = tch::no_grad(|| self.config.optimizer.build(&layout, params.master()))?;
         self.modules.iter_mut().zip(ranges).for_each(|(module, range)| module.range = range);
         self.built = Some(Built { params, optimizer, device });
         Ok(())
@@ -203,10 +210,9 @@ impl Network {
     ///
     /// A gradient that is not finite is an error and changes nothing: `zero_gradients` skips it, stopping keeps the last good values.
     pub fn step(&mut self) -> Result<Step> {
-        let (every, max_norm, schedule) =
-            (self.config.gradient_accumulation_steps, self.config.max_grad_norm, self.config.schedule());
+        let (every, max_norm) = (self.config.gradient_accumulation_steps, self.config.max_grad_norm);
         let (steps, micro) = (self.steps, self.micro);
-        let learning_rate = schedule.learning_rate(steps);
+        let learning_rate = self.config.schedule().learning_rate(steps);
         let built = self.built_mut()?;
         if micro + 1 < every {
             self.micro += 1;
@@ -294,7 +300,7 @@ impl Built {
     /// Shapes, dtypes and devices of a layer's input and output (or of their gradients).
     fn check(&self, module: &Module, x: &Tensor, y: &Tensor) -> Result<()> {
         let shape = |t: &Tensor| t.size().into_iter().map(|d| d as usize).collect::<Vec<_>>();
-        Layout::check(&module.name, &module.weight, &module.geometry, &shape(x), &shape(y))?;
+        bypass::Layout::check(&module.name, &module.weight, &module.geometry, &shape(x), &shape(y))?;
         for tensor in [x, y] {
             let kind = tensor.f_kind()?;
             if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16) {

@@ -24,23 +24,30 @@ impl Segment {
         self.shape.iter().product()
     }
 
-    fn view(&self, flat: &Tensor) -> Result<Tensor> {
+    /// The parameter in a flat tensor.
+    pub fn view(&self, flat: &Tensor) -> Result<Tensor> {
         Ok(flat.f_narrow(0, self.offset as i64, self.count() as i64)?.f_view_(long(&self.shape))?)
     }
 }
 
 /// Offsets of all parameters, before there is memory for them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Plan {
     segments: Vec<Segment>,
     end: usize,
+    align: usize,
 }
 
 impl Plan {
+    /// Of no parameters yet; each will begin at a multiple of [`ALIGN`] or, if that is more, of `align`, a power of two up to [`ROW`].
+    pub fn new(align: usize) -> Self {
+        Plan { segments: Vec::new(), end: 0, align: align.max(ALIGN) }
+    }
+
     /// Places a parameter behind the others and gives its index.
     pub fn push(&mut self, shape: &[usize]) -> Result<usize> {
         let end = element_count(shape)
-            .and_then(|n| n.checked_next_multiple_of(ALIGN)?.checked_add(self.end))
+            .and_then(|n| n.checked_next_multiple_of(self.align)?.checked_add(self.end))
             .filter(|&end| end < i64::MAX as usize / 8)
             .ok_or_else(|| {
                 Error::argument(format!("a parameter of shape {shape:?} is beyond any memory"), "")
@@ -204,7 +211,7 @@ mod tests {
     use super::*;
 
     fn params(compute: Float) -> Params {
-        let mut plan = Plan::default();
+        let mut plan = Plan::new(1);
         plan.push(&[3, 5]).unwrap();
         plan.push(&[7]).unwrap();
         Params::new(plan, Device::Cpu, compute, |i, v| v.fill(1.0 + i as f32 / 512.0)).unwrap()
@@ -239,7 +246,7 @@ mod tests {
 
     #[test]
     fn impossible_sizes_are_refused() {
-        assert!(Plan::default().push(&[usize::MAX / 2, 3]).is_err());
-        assert!(Plan::default().push(&[usize::MAX - 3]).is_err());
+        assert!(Plan::new(1).push(&[usize::MAX / 2, 3]).is_err());
+        assert!(Plan::new(1).push(&[usize::MAX - 3]).is_err());
     }
 }

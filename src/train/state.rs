@@ -1,18 +1,17 @@
 //! Resume files: everything that the next step depends on, so that a run that was stopped ends on the same bits as one that was not.
 //!
-//! A safetensors file of flat f32 tensors: `master`, the optimizer's state, and `gradient` when something is accumulated. Its metadata
-//! holds the counters, the options and a table of the modules, by which another network's file is recognised.
+//! A safetensors file: `master` and, when something is accumulated, `gradient`, both flat f32; and the optimizer's state, in its dtypes
+//! and shapes. Its metadata holds the counters, the options and a table of the modules, by which another network's file is recognised.
 
 use super::config::Config;
 use super::network::Network;
-use super::params::to_host;
 use crate::adapter::safetensors::{File, Writer};
-use crate::dtype::{Dtype, Float};
+use crate::dtype::{byte_len, Dtype};
 use crate::error::{Error, FileFault, Result};
 use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Marks the file and its layout; another layout is another number.
 const FORMAT: (&str, &str) = ("lycore_state", "1");
@@ -28,13 +27,14 @@ impl Network {
             ("config".into(), self.config.to_json().to_string()),
             ("modules".into(), self.table().to_string()),
         ]);
-        let length = self.built()?.params.master().size().iter().product::<i64>() as usize;
-        let header: Vec<_> =
-            tensors.iter().map(|(name, _)| (name.to_string(), Dtype::F32, vec![length])).collect();
+        let header: Vec<_> = tensors
+            .iter()
+            .map(|(name, tensor)| Ok((name.to_string(), dtype(tensor)?, shape(tensor))))
+            .collect::<Result<_>>()?;
         let mut writer = Writer::create(path, &header, &metadata)?;
-        let mut bytes = vec![0; length * 4];
-        for (_, tensor) in tensors {
-            Float::F32.write(&to_host(tensor)?, &mut bytes);
+        for ((_, tensor), (_, dtype, shape)) in tensors.iter().zip(&header) {
+            let mut bytes = vec![0; byte_len(*dtype, shape).unwrap_or(0)];
+            tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
             writer.write(&bytes)?;
         }
         writer.finish()
@@ -71,6 +71,12 @@ impl Network {
             return Err(wrong(format!("is the state of another network: {difference}")));
         }
         let config = Config::parse(field("config")?).map_err(|e| wrong(format!("`config`: {e}")))?;
+        let (theirs, ours) = (config.optimizer.name(), self.config.optimizer.name());
+        if theirs != ours {
+            return Err(wrong(format!(
+                "is the state of another optimizer, {theirs}; this network has {ours}"
+            )));
+        }
         let (theirs, ours) = (config.gradient_accumulation_steps, self.config.gradient_accumulation_steps);
         if micro > 0 && theirs != ours {
             return Err(wrong(format!(
@@ -83,23 +89,22 @@ impl Network {
         let with_gradient = file.get("gradient").is_some();
         let mut parts = Vec::new();
         for (name, to) in self.state_tensors(with_gradient)? {
-            let length = to.size().iter().product::<i64>() as usize;
+            let (dtype, shape) = (dtype(to)?, shape(to));
             let entry = file
                 .get(name)
-                .ok_or_else(|| wrong(format!("lacks `{name}`: it is the state of another optimizer")))?;
-            if entry.dtype != Dtype::F32 || entry.shape != [length] {
+                .ok_or_else(|| wrong(format!("lacks `{name}`: its optimizer has other options")))?;
+            if entry.dtype != dtype || entry.shape != shape {
                 return Err(wrong(format!(
-                    "`{name}` is {} {:?}, expected F32 [{length}]",
+                    "`{name}` is {} {:?}, expected {dtype} {shape:?}",
                     entry.dtype, entry.shape
                 )));
             }
-            let mut values = vec![0f32; length];
-            Float::F32.read(file.bytes(entry), &mut values);
-            parts.push((to.shallow_clone(), Tensor::f_from_slice(&values)?));
+            let value = Tensor::f_from_data_size(file.bytes(entry), &to.size(), to.f_kind()?)?;
+            parts.push((to.shallow_clone(), value));
         }
         if file.entries().len() != parts.len() {
             return Err(wrong(
-                "holds more tensors than this optimizer has: it is the state of another one".into(),
+                "holds more tensors than this optimizer has: its optimizer has other options".into(),
             ));
         }
         if !with_gradient {
@@ -138,6 +143,20 @@ impl Network {
         }
         Value::Object(table)
     }
+}
+
+/// How a tensor of the state stands in a file.
+fn dtype(tensor: &Tensor) -> Result<Dtype> {
+    match tensor.f_kind()? {
+        Kind::Float => Ok(Dtype::F32),
+        Kind::Double => Ok(Dtype::F64),
+        Kind::Uint8 => Ok(Dtype::U8),
+        other => Err(Error::Backend(format!("no state file can hold {other:?}"))),
+    }
+}
+
+fn shape(tensor: &Tensor) -> Vec<usize> {
+    tensor.size().into_iter().map(|d| d as usize).collect()
 }
 
 /// The first difference between the table of a file and that of this network, in words.

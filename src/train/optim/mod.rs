@@ -1,14 +1,36 @@
 //! Optimizers, one file each. An optimizer sees one flat parameter and one flat gradient; modules do not exist here.
+//!
+//! None of them waits for the device: what an algorithm derives from sums over all parameters (the d of Prodigy and D-Adaptation, the norms
+//! of Adafactor) stays in tensors on the device, and what depends on the step alone is a number of the host.
 
+pub mod adafactor;
 pub mod adamw;
+pub mod adamw8bit;
+pub mod adamw_schedule_free;
+pub mod came;
+pub mod dadapt_adam;
+pub mod dadapt_lion;
+mod factored;
+pub mod lion;
+pub mod options;
+pub mod prodigy;
+pub mod radam_schedule_free;
+mod schedule_free;
+pub mod sgd;
 
+use super::params::Segment;
 use crate::error::Result;
-use tch::Tensor;
+pub use options::Options;
+use std::ops::Range;
+use tch::{Kind, Tensor};
+
+/// Elements per pass: bounds the temporaries at 64 MiB each. Nothing but the order of a sum over all parameters depends on it.
+const BLOCK: usize = 1 << 24;
 
 /// The rule by which gradients become a change of the parameters.
+///
+/// Zeros that have a gradient of zero stay zero, as the padding of the flat buffers must.
 pub trait Optimizer: Send {
-    /// Its name in a configuration.
-    fn name(&self) -> &'static str;
     /// One update of `master` in place; `step` counts from 1. `gradient` may be used as scratch and holds nothing useful afterwards.
     fn step(
         &mut self,
@@ -17,6 +39,211 @@ pub trait Optimizer: Send {
         learning_rate: f64,
         step: u64,
     ) -> Result<()>;
-    /// What a resume file must hold, by name, each as long as the parameters. Copying into these tensors restores the state.
+
+    /// The values that an adapter file gets, where they are not those of `master`. Asked only after a first step.
+    fn averaged(&self, _master: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// The parameters were set from outside in the middle of a run: whatever ties them to a point where they have been is undone.
+    fn restart(&mut self, _master: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    /// What a resume file must hold, by name: f32, f64 or u8 of any shape. Copying into these tensors restores the state.
     fn state(&self) -> Vec<(&'static str, &Tensor)>;
+}
+
+/// How the flat buffers are divided.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// The parameters, for algorithms that look at each of them or at its shape.
+    pub segments: Vec<Segment>,
+    /// Ranges that cover the buffers from their start to their end, each with the factor of its learning rate. Every range costs an
+    /// optimizer a pass of its own, so parameters of one factor should lie side by side.
+    pub groups: Vec<(Range<usize>, f64)>,
+    /// The learning rate before the schedule.
+    pub learning_rate: f64,
+}
+
+impl Layout {
+    /// The factor of a parameter's learning rate.
+    fn factor(&self, segment: &Segment) -> f64 {
+        self.groups
+            .iter()
+            .find(|(range, _)| range.contains(&segment.offset))
+            .map_or(1.0, |(_, factor)| *factor)
+    }
+
+    /// The groups in pieces of at most [`BLOCK`] elements.
+    fn parts(&self) -> Vec<Part> {
+        let mut parts = Vec::new();
+        for (range, factor) in &self.groups {
+            for start in range.clone().step_by(BLOCK) {
+                parts.push(Part { start, end: range.end.min(start + BLOCK), factor: *factor });
+            }
+        }
+        parts
+    }
+
+    /// One group of parameters that lie behind each other, as tests need it.
+    #[cfg(test)]
+    fn of(shapes: &[&[usize]], length: usize) -> Layout {
+        let mut offset = 0;
+        let mut place = |shape: &&[usize]| {
+            let segment = Segment { offset, shape: shape.to_vec() };
+            offset += segment.count();
+            segment
+        };
+        Layout {
+            segments: shapes.iter().map(&mut place).collect(),
+            groups: vec![(0..length, 1.0)],
+            learning_rate: 1e-2,
+        }
+    }
+}
+
+/// A piece of the flat buffers with one learning rate.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Part {
+    start: usize,
+    end: usize,
+    factor: f64,
+}
+
+impl Part {
+    /// Its view of a flat tensor.
+    fn of(&self, flat: &Tensor) -> Result<Tensor> {
+        Ok(flat.f_narrow(0, self.start as i64, (self.end - self.start) as i64)?)
+    }
+}
+
+/// `to += factor * by`. tch has no `alpha=`, so the product is rounded before it is added, where torch may fuse them.
+fn add_scaled(to: &mut Tensor, by: &Tensor, factor: f64) -> Result<()> {
+    let _ = to.f_add_(&by.f_mul_scalar(factor)?)?;
+    Ok(())
+}
+
+/// A number in f64 beside the parameters, which no step has to wait for.
+fn scalar(value: f64, beside: &Tensor) -> Result<Tensor> {
+    Ok(Tensor::f_full([0i64; 0], value, (Kind::Double, beside.device()))?)
+}
+
+/// The sum of all elements, in f64.
+fn sum(tensor: &Tensor) -> Result<Tensor> {
+    Ok(tensor.f_sum(Kind::Double)?)
+}
+
+/// `yes` where the condition holds, else `no`, decided on the device.
+fn choose(condition: &Tensor, yes: &Tensor, no: &Tensor) -> Result<Tensor> {
+    Ok(yes.f_where_self(condition, no)?)
+}
+
+/// Adam's sqrt(1 - b2^t) / (1 - b1^t) with t = `updates` + 1.
+fn bias_correction(updates: &Tensor, (b1, b2): (f64, f64)) -> Result<Tensor> {
+    let t = updates.f_add_scalar(1.0)?;
+    let rest = |b: f64| -> Result<Tensor> { Ok(Tensor::f_pow_scalar(b, &t)?.f_neg()?.f_add_scalar_(1.0)?) };
+    Ok(rest(b2)?.f_sqrt_()?.f_div(&rest(b1)?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const N: usize = 32;
+
+    fn padded(i: usize) -> bool {
+        i % 8 == 7
+    }
+
+    /// Twelve updates of a few values; those of the second half start `unit` times as high, have gradients that are divided by `unit`,
+    /// and a learning rate of `factor`. The last of each eight values is padding.
+    fn run(options: &Options, unit: f32, factor: f64) -> Vec<f32> {
+        let layout = Layout {
+            groups: vec![(0..N / 2, 1.0), (N / 2..N, factor)],
+            ..Layout::of(&[&[4, 2], &[8], &[2, 4], &[8]], N)
+        };
+        let unit = |i: usize| if i < N / 2 { 1.0 } else { unit };
+        let values = |value: &dyn Fn(usize) -> f32| {
+            Tensor::from_slice(&(0..N).map(|i| if padded(i) { 0.0 } else { value(i) }).collect::<Vec<_>>())
+        };
+        let mut master = values(&|i| ((i as f32 * 0.7).cos() + 1.5) * unit(i));
+        let mut optimizer = options.build(&layout, &master).unwrap();
+        for t in 1..=12 {
+            let mut gradient = values(&|i| ((i as f32 * 1.1 + t as f32).sin() + 0.9) / unit(i));
+            optimizer.step(&mut master, &mut gradient, 0.05, t).unwrap();
+        }
+        Vec::<f32>::try_from(&master).unwrap()
+    }
+
+    fn all() -> impl Iterator<Item = Options> {
+        Options::NAMES.iter().map(|name| Options::of(name).unwrap())
+    }
+
+    #[test]
+    fn padding_of_zeros_stays_zero() {
+        for options in all() {
+            for (i, value) in run(&options, 1.0, 3.0).iter().enumerate() {
+                assert_eq!(*value == 0.0, padded(i), "{}, {i}: {value}", options.name());
+            }
+        }
+    }
+
+    #[test]
+    fn a_factor_changes_the_rate_of_its_range_alone() {
+        for options in all() {
+            let (once, thrice) = (run(&options, 1.0, 1.0), run(&options, 1.0, 3.0));
+            let none = run(&options, 1.0, 0.0);
+            let name = options.name();
+            assert_ne!(once[N / 2..], thrice[N / 2..], "{name}");
+            let start: Vec<f32> =
+                (N / 2..N).map(|i| if padded(i) { 0.0 } else { (i as f32 * 0.7).cos() + 1.5 }).collect();
+            assert_eq!(none[N / 2..], start, "{name}: a factor of 0 is no training");
+            // One d for all is found from all.
+            if !name.starts_with("DAdapt") && name != "Prodigy" {
+                assert_eq!(once[..N / 2], thrice[..N / 2], "{name}");
+            }
+        }
+    }
+
+    /// In units of its factor a group is like any other: p = 4 w with a rate of 4 goes the way of w with a rate of 1.
+    #[test]
+    fn a_shared_d_counts_a_group_in_units_of_its_factor() {
+        let decaying = |name: &str, decay: f64| {
+            let options = Options::of(name).unwrap();
+            let mut arguments = options.arguments();
+            arguments.insert("weight_decay".into(), decay.into());
+            arguments.insert("d0".into(), 0.01.into());
+            options.with(arguments).unwrap()
+        };
+        for name in ["Prodigy", "DAdaptAdam", "DAdaptLion"] {
+            let options = decaying(name, 0.0);
+            let (plain, scaled) = (run(&options, 1.0, 1.0), run(&options, 4.0, 4.0));
+            let other = run(&options, 4.0, 1.0);
+            assert!(
+                plain.iter().zip(&other).any(|(a, b)| (a / b - 1.0).abs() > 0.5),
+                "{name}: the test is blind"
+            );
+            for (i, (plain, scaled)) in plain.iter().zip(scaled).enumerate() {
+                let scaled = if i < N / 2 { scaled } else { scaled / 4.0 };
+                // eps is not scaled with the gradients.
+                assert!((plain - scaled).abs() <= 1e-5 * plain.abs(), "{name}, {i}: {plain} beside {scaled}");
+            }
+            assert_ne!(run(&decaying(name, 0.5), 1.0, 1.0), plain, "{name}");
+        }
+    }
+
+    #[test]
+    fn parts_cover_every_group_once() {
+        let mut layout = Layout::of(&[], 0);
+        layout.groups = vec![(0..7, 1.0), (7..BLOCK * 2 + 9, 0.5)];
+        let part = |start, end, factor| Part { start, end, factor };
+        let want = [
+            part(0, 7, 1.0),
+            part(7, BLOCK + 7, 0.5),
+            part(BLOCK + 7, 2 * BLOCK + 7, 0.5),
+            part(2 * BLOCK + 7, 2 * BLOCK + 9, 0.5),
+        ];
+        assert_eq!(layout.parts(), want);
+    }
 }

@@ -42,11 +42,22 @@ def progress_of(network: lycore.Network, accumulate: int) -> int:
     return steps * accumulate + micro_steps
 
 
-def train(folder: str, steps: int, accumulate: int = 1, every: int = 1, pause: int = 0, hashes: bool = False) -> None:
-    """Goes on from the state in `folder`, if any, up to `steps` micro-steps; `pause`: waits there to be killed."""
+def train(
+    folder: str,
+    steps: int,
+    accumulate: int = 1,
+    every: int = 1,
+    pause: int = 0,
+    hashes: bool = False,
+    config: dict | None = None,
+) -> None:
+    """Goes on from the state in `folder`, if any, up to `steps` micro-steps.
+
+    `pause`: waits there to be killed. `config` replaces options; None is their default.
+    """
     torch.set_num_threads(1)
     model, state = net(), Path(folder, "state.safetensors")
-    network = attached(model, CONFIG | {"gradient_accumulation_steps": accumulate})
+    network = attached(model, CONFIG | {"gradient_accumulation_steps": accumulate} | (config or {}))
     done = 0
     if state.exists():
         # Whatever the state does not bring would show at the end.

@@ -223,6 +223,38 @@ def test_stopped_in_the_middle_of_an_accumulation(server, wholes, tmp_path, cut)
     assert end_of(tmp_path) == wholes[3].end
 
 
+def optimizers() -> list[str]:
+    """All of them, from the schema's second table."""
+    lines = lycore.Network.schema().split("optimizer_type")[-1].splitlines()[1:]
+    return [line.split()[0] for line in lines if line[:1].strip()]
+
+
+def test_every_optimizer_is_taken_up_in_the_middle_of_an_accumulation(server, tmp_path):
+    """Killed after the second of three micro-steps; the state of the optimizer is in the file, whatever it is."""
+    assert len(optimizers()) == 11
+    for name in optimizers():
+        config = {"optimizer_type": name}
+        if name == "Adafactor" or name.endswith("ScheduleFree"):
+            config |= {"lr_scheduler": None, "lr_warmup_steps": None}
+        if name == "Adafactor":
+            config |= {"learning_rate": None}
+        if name == "AdamW8bit":
+            config |= {"optimizer_args": {"min_8bit_size": 300}}
+        options = {"accumulate": 3, "every": 10, "config": config}
+        whole, cut = tmp_path / f"{name}-whole", tmp_path / f"{name}-cut"
+        for folder in (whole, cut):
+            folder.mkdir()
+        server.start(whole, **options).finish()
+        run = server.start(cut, pause=20, **options)
+        assert run.until("pause") == ["pause", "20"]
+        run.kill()
+        resumed = server.start(cut, **options)
+        resumed.finish()
+        assert resumed.told("start") == [["start", "20"]], name
+        assert end_of(cut) == end_of(whole), name
+        assert len(load_file(whole / "final.safetensors")) > 1, f"{name} has no state"
+
+
 def test_what_is_compared_depends_on_every_step(server, wholes, tmp_path):
     """Another number of steps and another accumulation end on other bits, so equality above means something."""
     server.start(tmp_path, steps=STEPS - 1).finish()
