@@ -11,8 +11,7 @@
 //! scale = max |m| of the block,   stored = nearest code to m / scale;   v alike
 //! ```
 //!
-//! Operation by operation as its CPU kernel. (Its CUDA kernel decays after the update, and so the update too, by a factor of
-//! 1 - lr * decay; the paper on AdamW does not.)
+//! Operation by operation as its CPU kernel.
 
 use super::options::{Check, AT_LEAST_0, TWO_FRACTIONS, WHOLE};
 use super::{add_scaled, Layout, Optimizer, BLOCK};

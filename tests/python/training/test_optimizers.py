@@ -324,7 +324,7 @@ CASES = {
 @pytest.fixture(autouse=True)
 def _nearest_codes(monkeypatch):
     """bitsandbytes' CPU library looks codes up in equal steps of the value, and so has one code for all below 4e-6 of
-    the scale; the paper, its CUDA kernel and its own fallback in torch take the nearest. This is the fallback.
+    the scale; the paper and its own fallback in torch take the nearest. This is the fallback.
     """
 
     def quantize(values, codes, scales, out, size):
