@@ -112,7 +112,9 @@ def fitting(builds: Iterable[Build], torch: str) -> Build | None:
 def not_found() -> LibraryError:
     """No library at all."""
     looked = ", ".join(str(place) for place in places())
-    hint = f"reinstall the package, build the library with `cargo build --release`, or set {ENVIRONMENT} to its path"
+    hint = (
+        f"reinstall the package, build the library with `make small` (in the sources), or set {ENVIRONMENT} to its path"
+    )
     return LibraryError(f"The LyCore library is nowhere in {looked}.", hint=hint)
 
 
@@ -125,7 +127,7 @@ def no_torch_build(builds: Iterable[Build], torch: str | None) -> LibraryError:
             "only the build without it is installed."
         )
         wanted = f" for torch {minor(torch)}" if torch else ""
-        return LibraryError(what, hint=f"install a LyCore release{wanted}, or build one with `cargo build --release`")
+        return LibraryError(what, hint=f"install a LyCore release{wanted}, or build one with `make lib`")
     listed = " and ".join([", ".join(minors[:-1]), minors[-1]] if len(minors) > 1 else minors)
     have = f"this process has torch {torch}" if torch else "torch is not installed"
     what = f"LyCore is built for torch {listed}, but {have}."

@@ -158,7 +158,7 @@ def _without_torch() -> Library:
         if not builds:
             raise _builds.not_found()
         what = f"{builds[0].path} needs libtorch, and there is no LyCore build without it."
-        raise LibraryError(what, hint="install the whole package, or build with `cargo build --no-default-features`")
+        raise LibraryError(what, hint="install the whole package, or build with `make small`")
     return _open(build)
 
 

@@ -82,12 +82,14 @@ def examine() -> dict[str, Any]:
 
 def _works(without: dict[str, Any], with_torch: dict[str, Any]) -> dict[str, bool | str]:
     merging: bool | str = True if "error" not in without or "error" not in with_torch else _reason(without)
+    # Either build merges on a GPU.
+    loaded = [answer["cuda"] for answer in (with_torch, without) if "error" not in answer]
+    gpu: bool | str = any(cuda["devices"] for cuda in loaded)
+    if not gpu:
+        gpu = str(loaded[0].get("why", "no CUDA device")) if loaded else _reason(with_torch)
     if "error" in with_torch:
-        gpu: bool | str = _reason(with_torch)
         training: bool | str = _reason(with_torch)
     else:
-        cuda = with_torch["cuda"]
-        gpu = True if cuda["devices"] else str(cuda.get("why", "no CUDA device"))
         training = True if with_torch["training"] else "this build has no training"
     return {"merge on the CPU": merging, "merge on a GPU": gpu, "training": training}
 
@@ -106,7 +108,7 @@ def _why_not_tried(build: _builds.Build, torch: str | None) -> str:
 
 
 def _reason(answer: dict[str, Any]) -> str:
-    return f"{answer['error']} {answer['hint']}".strip()
+    return "; ".join(filter(None, [answer["error"].rstrip("."), answer["hint"]]))
 
 
 def _name(answer: dict[str, Any]) -> str | None:

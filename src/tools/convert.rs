@@ -28,6 +28,9 @@ use serde_json::{json, Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+/// So many modules of one reason are named in an error: a file may have a thousand.
+const NAMED: usize = 4;
+
 /// How the output names its tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spelling {
@@ -338,7 +341,7 @@ fn configs(naming: &Naming, targets: &[Target]) -> (Configs, Failed) {
     (found, failed)
 }
 
-/// One error with every module, those with the same reason together.
+/// One error for all modules, those with the same reason together: some by name, the others counted.
 fn refusal(adapter: &Adapter, to: Spelling, problems: &[Problem]) -> Error {
     let mut by_reason: Vec<(&str, Vec<&str>)> = Vec::new();
     for (module, why) in problems {
@@ -347,7 +350,11 @@ fn refusal(adapter: &Adapter, to: Spelling, problems: &[Problem]) -> Error {
             None => by_reason.push((why, vec![module])),
         }
     }
-    let reasons = by_reason.iter().map(|(why, modules)| format!("`{}`: {why}", modules.join("`, `")));
+    let reasons = by_reason.iter().map(|(why, modules)| {
+        let (named, rest) = modules.split_at(modules.len().min(NAMED));
+        let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+        format!("`{}`{more}: {why}", named.join("`, `"))
+    });
     let list = reasons.collect::<Vec<_>>().join("; ");
     let count = match problems.len() {
         1 => "a module".to_owned(),

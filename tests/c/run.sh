@@ -49,6 +49,12 @@ printf '#include <lycore.h>\nuint32_t other(void);\nint main(void) { return othe
 $c "$build/one.c" "$build/two.c" -o "$build/twice" $link
 "$build/twice" || fail "two units of one program disagree about the version"
 
+# The README's program, which finds no file here and says so.
+sed -n '/^```c$/,/^```$/{/^```/!p}' "$here/../../README.md" >"$build/readme.c"
+$c "$build/readme.c" -o "$build/readme" $link
+said=$(cd "$build" && ./readme 2>&1) && fail "the README's program succeeds without its file"
+[[ $said == *style.safetensors* ]] || fail "the README's program does not name its file: $said"
+
 # The library: it exports what the header declares and nothing else, and knows its own name.
 declared() { grep -oE '\blycore_[a-z_0-9]+\(' "$include/lycore.h" | tr -d '(' | sort -u; }
 exported() { nm -D --defined-only "$library" | awk '{print $NF}' | sort -u; }

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import lycore
 from conftest import PLUGIN, run_cli
-from lycore import _builds, cli
+from lycore import _builds, cli, doctor
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -161,6 +161,16 @@ def test_doctor_tells_what_works_and_why_not(tmp_path):
     done = run_cli("doctor", environment={"LYCORE_LIBRARY": str(broken)})
     assert done.returncode == 1
     assert "merge on the CPU: no. " in done.stdout and "cannot be loaded" in done.stdout
+
+
+def test_doctor_counts_a_gpu_of_either_build():
+    """The build without libtorch merges on a GPU beside any torch, or none."""
+    refused = {"error": "LyCore is built for torch 2.11, but this process has torch 2.9.", "hint": "install torch 2.11"}
+    small, none = ({"cuda": {"devices": n} | ({} if n else {"why": "no driver"}), "training": False} for n in (1, 0))
+    why = "LyCore is built for torch 2.11, but this process has torch 2.9; install torch 2.11"
+    assert doctor._works(small, refused) == {"merge on the CPU": True, "merge on a GPU": True, "training": why}
+    assert doctor._works(none, refused)["merge on a GPU"] == "no driver"
+    assert doctor._works(refused, refused) == dict.fromkeys(["merge on the CPU", "merge on a GPU", "training"], why)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -582,6 +582,13 @@ fn an_unknown_family_is_respelled_as_far_as_its_names_go() {
         let error = convert(source, &folder.path().join("x"), &options(to, None)).unwrap_err();
         assert!(error.hint().contains("family"), "{error}");
     }
+    // Of many modules some are named.
+    let weights: Weights = (0..9).map(|i| (format!("some_layers_{i}_my_proj"), vec![8, 8])).collect();
+    let many = adapter(&loras(&mut Random(2), &weights, "lora_unet_", &[2.0; 9]));
+    let error =
+        convert(&many, &folder.path().join("x"), &options(Spelling::Peft, None)).unwrap_err().to_string();
+    assert!(error.contains("9 modules") && error.contains("_3_my_proj` and 5 more: "), "{error}");
+    assert!(!error.contains("_4_my_proj"), "{error}");
     let peft = make("base_model.model.some_layers.0.my_proj");
     let (_b, diffusers, _) = converted(&peft, &options(Spelling::Diffusers, None));
     assert_eq!(diffusers.modules()[0].name, "transformer.some_layers.0.my_proj");
