@@ -156,7 +156,7 @@ static void stacks(void) {
     const lycore_status bad = LYCORE_BAD_ARGUMENT;
     const char *const target = layers[PROJ].target;
     lycore_stack *s = NULL;
-    FAILS(bad, lycore_stack_new(3, &out.stack, e));
+    FAILS(bad, lycore_stack_new(LYCORE_BACKUP_COMPACT + 1, &out.stack, e));
     FAILS(bad, lycore_stack_new(-1, &out.stack, e));
 
     WORKS(lycore_stack_new(LYCORE_BACKUP_AUTO, &s, e));
