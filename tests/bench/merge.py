@@ -29,6 +29,7 @@ from measure import Ratio, Row, Table, Weights
 from shapes import attention_set
 
 import lycore
+from lycore.stack import library_for
 
 RANK = 32
 RANKS = (1, 4, 7, 8, 12, 16, 24, 32, 64, 128, 256)
@@ -102,7 +103,7 @@ def title(model: str, weights: Weights) -> str:
 
 def stack_build(weight: torch.Tensor) -> str:
     """Which of the builds merges."""
-    return lycore.stack.library_for(weight.device.index if weight.is_cuda else None).build.describe()
+    return library_for(weight.device.index if weight.is_cuda else None).build.describe()
 
 
 class Bench:
