@@ -10,7 +10,7 @@ use crate::view::Rows;
 
 /// `strength * delta` on the term's region, [rows, cols] in f32; `None` for the primitives that work row by row.
 pub(super) fn delta(name: &str, term: &Term<'_>, base: &Rows, region: &Region) -> Result<Option<Vec<f32>>> {
-    let strength = term.strength as f32;
+    let strength = term.coefficient(name)?;
     let mut new = match term.op {
         Op::Rotate(op) => rotated(name, op, term.strength, read(base, region), region)?,
         Op::Decompose(op) => decomposed(name, op, base, region)?,
@@ -19,8 +19,7 @@ pub(super) fn delta(name: &str, term: &Term<'_>, base: &Rows, region: &Region) -
             let near = linalg::nearest_of_rank(&read(base, region), rows, cols, op.rank);
             let mut near =
                 near.ok_or_else(|| Error::Backend(format!("`{name}` holds values that are not finite")))?;
-            let factor = term.coefficient(name)?;
-            near.iter_mut().for_each(|v| *v *= factor);
+            near.iter_mut().for_each(|v| *v *= strength);
             return Ok(Some(near));
         }
         _ => return Ok(None),

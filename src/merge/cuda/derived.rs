@@ -9,7 +9,7 @@ use super::{packed_region, part, reads_aligned};
 use crate::cuda::{Arg, Buffer, Queue};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
-use crate::merge::ops::{Decompose, Op, Region, RightLowRank, Term};
+use crate::merge::ops::{self, Decompose, Op, Region, RightLowRank, Term};
 use crate::merge::{whole, Work};
 use crate::view::{Rows, Tensor};
 use std::collections::{BTreeMap, HashMap};
@@ -157,7 +157,7 @@ impl Computed {
                         // What is added in fp32 is not rounded, so its place in the noise is of no matter.
                         let turn = Turn { name: job.name, part, float, op, element: 0, pitch: 0, delta };
                         turns.add(queue.gpu(), &turn, factors)?;
-                        strengths.push(strength.unwrap_or(1.0) as f32);
+                        strengths.push(ops::coefficient(job.name, strength.unwrap_or(1.0), 1.0)?);
                         ([memory.ptr(), 0], memory)
                     }
                     What::Delta(op, strength) => {

@@ -203,8 +203,8 @@ impl Plan {
             carry(&mut self.table[first..first + products]);
             first += count;
         }
-        let strength = |&(job, term): &(usize, usize)| jobs[job].terms[term].strength as f32;
-        let strengths: Vec<f32> = self.turned.iter().map(strength).collect();
+        let strength = |&(job, term): &(usize, usize)| jobs[job].terms[term].coefficient(jobs[job].name);
+        let strengths = self.turned.iter().map(strength).collect::<Result<Vec<f32>>>()?;
         // SAFETY: the host's weights, which it keeps until the stream has passed here, and memory that the plan holds; the merge that read these
         // terms before comes before this one.
         unsafe {

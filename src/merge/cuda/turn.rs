@@ -152,6 +152,13 @@ impl Turns {
         if let Some(rescale) = op.rescale.as_ref().filter(|r| r.count() != part.rows as usize) {
             return Err(misfit("a rescaling does not fit", part.rows as usize, rescale.count()));
         }
+        // The kernels reckon with rows of less than 4 GiB.
+        let row = part.base_row.max(part.out_row).max(u64::from(part.columns)).saturating_mul(4);
+        if row > u64::from(u32::MAX) {
+            let what =
+                format!("`{name}`: rows of a weight lie {} elements apart", part.base_row.max(part.out_row));
+            return Err(Error::argument(what, "call .contiguous() on it"));
+        }
         let first = self.parts.len();
         for (i, stage) in op.stages.iter().enumerate() {
             let order = stage.order.as_ref().map_or(0, |order| self.order(order));

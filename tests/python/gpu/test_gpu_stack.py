@@ -481,6 +481,16 @@ def test_nobody_waits_for_large_copies_to_go_back(tmp_path, backup):
                 time.sleep(0.001)
 
 
+@pytest.mark.parametrize("kind", ["lora-r7", "oft-4-rescaled", "boft-4-4", "dora-lora-out"])
+def test_a_strength_beyond_fp32_is_refused(tmp_path, kind):
+    host = Host(weights(torch.float32, FEW))
+    with stack_on(host) as stack:
+        stack.add(Adapter(kind, tmp_path, shapes_of(host.base)).path, 1e39)
+        with pytest.raises(lycore.ArgumentError, match="beyond fp32"):
+            stack.apply()
+        assert host.intact()
+
+
 @ONLY_GPU
 def test_the_librarys_own_kernels_merge():
     """libtorch gives the same numbers, later: a library without kernels shall not pass for one that has them."""
