@@ -4,11 +4,11 @@
 use super::launch::{self, Shape, Variant};
 use super::lower::{self, Drafts};
 use super::tables::{self, Kind, Row, Target, Term};
-use super::{aligned, side_by_side, Kept};
+use super::{aligned, identity, plain_target, side_by_side, Kept};
 use crate::cuda::{Arg, Buffer, Queue};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
-use crate::merge::ops::{Op, Region};
+use crate::merge::ops::Op;
 use crate::merge::Work;
 use crate::view::View;
 use std::collections::HashMap;
@@ -73,6 +73,12 @@ struct Item {
 }
 
 impl Item {
+    /// A weight that shall have its base back, to which these rows were added at these strengths.
+    fn restoring(target: Target, float: Float, rows: &[Term], strength: fn(&Term) -> f32) -> Self {
+        let rows = rows.iter().map(|row| Term { carry: strength(row), ..*row }).collect();
+        Item { target, float, rows, sources: Vec::new(), mode: Mode::Restore }
+    }
+
     /// Whether there is a faster kernel for what is added.
     fn is_one_product(&self) -> bool {
         let [term] = &self.rows[..] else { return false };
@@ -104,12 +110,7 @@ struct Pool {
 
 /// What tells the terms of a job from others, but for their strengths.
 fn ops<'a>(job: &'a Work<'a>) -> impl Iterator<Item = [u64; 4]> + 'a {
-    let of = |term: &crate::merge::ops::Term<'_>| {
-        let [axis, start, len] =
-            term.slice.map_or([2, 0, 0], |s| [s.axis as u64, s.start as u64, s.len as u64]);
-        [std::ptr::from_ref(term.op) as u64, axis, start, len]
-    };
-    job.terms.iter().filter(|term| term.strength != 0.0).map(of)
+    job.terms.iter().filter(|term| term.strength != 0.0).map(identity)
 }
 
 /// Whether a job's weight can be merged in place with these terms: 16 bits, rows that the fast kernels take, and nothing that reads the weight.
@@ -120,38 +121,9 @@ fn fits(job: &Work<'_>) -> Result<bool> {
     if !job.terms.iter().all(|term| term.strength == 0.0 || adds(term.op)) {
         return Ok(false);
     }
-    let rows: Vec<Term> = drafts(job)?.rows.iter().map(|draft| draft.row).collect();
-    let target = target(job.out, float);
+    let rows: Vec<Term> = Drafts::of(job)?.rows.iter().map(|draft| draft.row).collect();
+    let target = plain_target(job.out, job.out, float);
     Ok(Variant::of(&target, &rows, aligned(&target, float)) != Variant::Any)
-}
-
-/// A weight whose columns lie side by side, as the kernel sees it.
-fn target(weight: &View, float: Float) -> Target {
-    let (rows, columns) = lower::matrix(weight.shape());
-    let row = weight.strides().first().copied().unwrap_or(0) as u64;
-    Target {
-        base: weight.data() as u64,
-        out: weight.data() as u64,
-        base_row: row,
-        out_row: row,
-        rows: rows as u32,
-        columns: columns as u32,
-        scale: 1.0,
-        dtype: tables::dtype(float),
-        ..Default::default()
-    }
-}
-
-fn drafts(job: &Work<'_>) -> Result<Drafts> {
-    let (rows, columns) = lower::matrix(job.out.shape());
-    let mut own = Drafts::default();
-    for (i, term) in job.terms.iter().enumerate().filter(|(_, term)| term.strength != 0.0) {
-        let region = Region::of(job.name, job.out.shape(), term.slice)?;
-        let whole = region.rows == (0..rows) && region.cols == (0..columns);
-        own.add(job.name, term.op, (i, term.strength), &region, whole)?;
-    }
-    own.rows.sort_by_key(|draft| !draft.row.is_product());
-    Ok(own)
 }
 
 /// Whether they are the same but for their strengths.
@@ -194,7 +166,7 @@ impl Compact {
 
     /// Brings weights to these terms, which [`Self::takes`] has approved. Waits for the stream, to hear whether all that is lost had room.
     pub fn merge(&mut self, queue: &Queue, jobs: &[Work<'_>], kept: &mut Kept) -> Result<()> {
-        let unknown = |job: &Work<'_>| self.knows(job).is_none().then(|| drafts(job)).transpose();
+        let unknown = |job: &Work<'_>| self.knows(job).is_none().then(|| Drafts::of(job)).transpose();
         let mut drafts = jobs.iter().map(unknown).collect::<Result<Vec<_>>>()?;
         let wanted = drafts.iter_mut().flatten().flat_map(|own| std::mem::take(&mut own.wanted));
         kept.factors.load(queue, wanted)?;
@@ -214,17 +186,20 @@ impl Compact {
                     .unzip(),
             };
             let float = Float::require(job.out.dtype(), job.name)?;
-            let mut item = Item { target: target(job.out, float), float, rows, sources, mode: Mode::Fresh };
+            let target = plain_target(job.out, job.out, float);
+            let mut item = Item { target, float, rows, sources, mode: Mode::Fresh };
             for (row, &(scale, term)) in item.rows.iter_mut().zip(&item.sources) {
                 row.coefficient = super::coefficient(job, scale, term)?;
             }
             items.push(item);
         }
         // What other terms were added to becomes pristine first.
-        let differs = |item: &&Item| {
+        let differs = |item: &Item| {
             self.weights.get(&item.target.base).is_some_and(|state| !same_terms(&state.rows, &item.rows))
         };
-        let others: Vec<u64> = items.iter().filter(differs).map(|item| item.target.base).collect();
+        let unknown = items.iter().zip(&drafts).filter(|(_, own)| own.is_some());
+        let others: Vec<u64> =
+            unknown.filter(|(item, _)| differs(item)).map(|(item, _)| item.target.base).collect();
         self.give_back(queue, &others)?;
         self.make_room(queue, &items)?;
         for item in &mut items {
@@ -258,13 +233,7 @@ impl Compact {
         let items: Vec<Item> = weights
             .iter()
             .filter_map(held)
-            .map(|state| Item {
-                target: state.target,
-                float: state.float,
-                rows: state.rows.iter().map(|row| Term { carry: row.coefficient, ..*row }).collect(),
-                sources: Vec::new(),
-                mode: Mode::Restore,
-            })
+            .map(|state| Item::restoring(state.target, state.float, &state.rows, |row| row.coefficient))
             .collect();
         self.run(queue, &items, Units::All)?;
         self.forget(&items);
@@ -339,13 +308,7 @@ impl Compact {
 
     /// Makes weights pristine of which some units were merged and others, for want of room, were not.
     fn undo(&mut self, queue: &Queue, items: &[Item]) -> Result<()> {
-        let back = |item: &Item, added: fn(&Term) -> f32| Item {
-            target: item.target,
-            float: item.float,
-            rows: item.rows.iter().map(|row| Term { carry: added(row), ..*row }).collect(),
-            sources: Vec::new(),
-            mode: Mode::Restore,
-        };
+        let back = |item: &Item, strength| Item::restoring(item.target, item.float, &item.rows, strength);
         let merged: Vec<Item> = items.iter().map(|item| back(item, |row| row.coefficient)).collect();
         let changing = items.iter().filter(|item| item.mode == Mode::Change);
         let pending: Vec<Item> = changing.map(|item| back(item, |row| row.carry)).collect();

@@ -6,6 +6,7 @@ use super::tables::{self, Kind, Layout, Pair};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use crate::merge::ops::{Decompose, LowRank, Op, Region};
+use crate::merge::Work;
 use crate::view::Tensor;
 
 /// A row before its factors have addresses.
@@ -32,6 +33,19 @@ pub(super) struct Drafts {
 }
 
 impl Drafts {
+    /// All that a job adds, products first.
+    pub fn of(job: &Work<'_>) -> Result<Self> {
+        let (rows, columns) = matrix(job.base.shape());
+        let mut own = Drafts::default();
+        for (i, term) in job.terms.iter().enumerate().filter(|(_, term)| term.strength != 0.0) {
+            let region = Region::of(job.name, job.base.shape(), term.slice)?;
+            let whole = region.rows == (0..rows) && region.cols == (0..columns);
+            own.add(job.name, term.op, (i, term.strength), &region, whole)?;
+        }
+        own.rows.sort_by_key(|draft| !draft.row.is_product());
+        Ok(own)
+    }
+
     /// Asks for a factor; says under which key it will be.
     pub fn want(&mut self, wanted: Wanted) -> Key {
         let key = wanted.key;

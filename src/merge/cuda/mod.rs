@@ -150,13 +150,17 @@ fn signature<'a>(jobs: &'a [Work<'_>]) -> impl Iterator<Item = u64> + 'a {
             job.terms.len() as u64,
         ];
         let of_term = |term: &ops::Term<'_>| {
-            let [axis, start, len] =
-                term.slice.map_or([2, 0, 0], |s| [s.axis as u64, s.start as u64, s.len as u64]);
-            // An op that is kept with its factors keeps its address.
-            [std::ptr::from_ref(term.op) as u64, u64::from(term.strength == 0.0), axis, start, len]
+            let [op, axis, start, len] = identity(term);
+            [op, u64::from(term.strength == 0.0), axis, start, len]
         };
         own.into_iter().chain(job.terms.iter().flat_map(of_term))
     })
+}
+
+/// What tells a term from others, but for its strength. An op that is kept with its factors keeps its address.
+fn identity(term: &ops::Term<'_>) -> [u64; 4] {
+    let [axis, start, len] = term.slice.map_or([2, 0, 0], |s| [s.axis as u64, s.start as u64, s.len as u64]);
+    [std::ptr::from_ref(term.op) as u64, axis, start, len]
 }
 
 fn rounding(rounding: Rounding) -> (u32, bool) {
@@ -223,22 +227,14 @@ impl Plan {
         let direct: Vec<_> = jobs.iter().map(|job| rotations(queue.gpu(), job)).collect();
         let mut bent = Vec::new();
         for ((job, direct), &number) in jobs.iter().zip(&direct).zip(&numbers) {
-            let (rows, columns) = lower::matrix(job.base.shape());
-            let mut own = Drafts::default();
             if direct.is_some() {
-                drafts.push(own);
+                drafts.push(Drafts::default());
                 continue;
             }
-            for (i, term) in job.terms.iter().enumerate().filter(|(_, term)| term.strength != 0.0) {
-                let region = Region::of(job.name, job.base.shape(), term.slice)?;
-                let whole = region.rows == (0..rows) && region.cols == (0..columns);
-                if lower::bends(term.op) {
-                    bent.push((number, i, term.strength));
-                }
-                own.add(job.name, term.op, (i, term.strength), &region, whole)?;
-            }
-            own.rows.sort_by_key(|draft| !draft.row.is_product());
-            drafts.push(own);
+            let bending = |(_, term): &(usize, &ops::Term<'_>)| term.strength != 0.0 && lower::bends(term.op);
+            let bending = job.terms.iter().enumerate().filter(bending);
+            bent.extend(bending.map(|(i, term)| (number, i, term.strength)));
+            drafts.push(Drafts::of(job)?);
         }
         let turning = direct.iter().flatten().flatten().flat_map(|(op, ..)| turn::wanted(op));
         let drafted = drafts.iter_mut().flat_map(|own| std::mem::take(&mut own.wanted));
@@ -297,23 +293,32 @@ impl Plan {
 /// A weight as the kernels see it, without terms.
 fn target(queue: &Queue, job: &Work<'_>, columns: &mut Columns) -> Result<tables::Target> {
     let float = Float::require(job.base.dtype(), job.name)?;
-    let (rows, width) = lower::matrix(job.base.shape());
     let (seed, stochastic) = rounding(job.storage.rounding);
     Ok(tables::Target {
-        base: job.base.data() as u64,
-        out: job.out.data() as u64,
         base_columns: columns.of(queue, job.base)?,
         out_columns: columns.of(queue, job.out)?,
-        base_row: job.base.strides().first().copied().unwrap_or(0) as u64,
-        out_row: job.out.strides().first().copied().unwrap_or(0) as u64,
-        rows: rows as u32,
-        columns: width as u32,
         scale: job.storage.scale,
         seed,
         stochastic: u32::from(stochastic && float.size() == 1),
+        ..plain_target(job.base, job.out, float)
+    })
+}
+
+/// The same where the columns lie side by side and the stored numbers are the real ones, rounded to nearest.
+fn plain_target(base: &View, out: &View, float: Float) -> tables::Target {
+    let (rows, columns) = lower::matrix(base.shape());
+    let row = |view: &View| view.strides().first().copied().unwrap_or(0) as u64;
+    tables::Target {
+        base: base.data() as u64,
+        out: out.data() as u64,
+        base_row: row(base),
+        out_row: row(out),
+        rows: rows as u32,
+        columns: columns as u32,
+        scale: 1.0,
         dtype: tables::dtype(float),
         ..Default::default()
-    })
+    }
 }
 
 /// A region of a weight as a weight of its own.

@@ -30,18 +30,37 @@ pub(super) fn wanted(op: &Rotate) -> Vec<Wanted> {
 
 /// Whether the kernels can do it; the largest blocks are too much for the shared memory of a multiprocessor.
 pub(super) fn fits(gpu: &Gpu, float: Float, op: &Rotate) -> bool {
-    groups(op).all(|(stage, size, _)| {
+    groups(op).iter().all(|&Group { stage, size, .. }| {
         let positions = size.next_multiple_of(16).max(LARGE);
         large_step(limit(gpu), planes(float, stage), op.axis, positions).is_some()
     })
 }
 
-/// (stage, size of the blocks, how many)
-fn groups(op: &Rotate) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
-    let of = |(i, stage): (usize, &'_ crate::merge::ops::Stage)| {
-        stage.blocks.iter().map(move |b| (i, b.shape()[1], b.shape()[0])).collect::<Vec<_>>()
-    };
-    op.stages.iter().enumerate().flat_map(of)
+/// Blocks of one size at consecutive positions of a stage, from the first of these on.
+struct Group {
+    stage: usize,
+    first: usize,
+    size: usize,
+    count: usize,
+}
+
+/// In the order of stages and positions.
+fn groups(op: &Rotate) -> Vec<Group> {
+    let mut groups = Vec::new();
+    for (i, stage) in op.stages.iter().enumerate() {
+        let mut first = 0;
+        for blocks in &stage.blocks {
+            let (count, size) = (blocks.shape()[0], blocks.shape()[1]);
+            groups.push(Group { stage: i, first, size, count });
+            first += count * size;
+        }
+    }
+    groups
+}
+
+/// Which of [`CLASSES`] so many bytes of shared memory are.
+fn class(shared: usize) -> usize {
+    CLASSES.iter().position(|&most| shared <= most).unwrap_or(0)
 }
 
 /// Bytes of dynamic shared memory of a block of threads at most; its own variables take less than the rest.
@@ -160,21 +179,18 @@ impl Turns {
             return Err(Error::argument(what, "call .contiguous() on it"));
         }
         let first = self.parts.len();
-        for (i, stage) in op.stages.iter().enumerate() {
-            let order = stage.order.as_ref().map_or(0, |order| self.order(order));
-            let mut position = 0;
-            for blocks in &stage.blocks {
-                let (count, size) = (blocks.shape()[0], blocks.shape()[1]);
-                self.parts.push(Part {
-                    blocks: factors.address(&Wanted::plain(blocks).key)?,
-                    order,
-                    first: position as u32,
-                    count: count as u32,
-                    size: size as u32,
-                    stage: i as u32,
-                });
-                position += count * size;
-            }
+        let orders: Vec<u64> =
+            op.stages.iter().map(|stage| stage.order.as_ref().map_or(0, |order| self.order(order))).collect();
+        let all = op.stages.iter().flat_map(|stage| &stage.blocks);
+        for (group, blocks) in groups(op).iter().zip(all) {
+            self.parts.push(Part {
+                blocks: factors.address(&Wanted::plain(blocks).key)?,
+                order: orders[group.stage],
+                first: group.first as u32,
+                count: group.count as u32,
+                size: group.size as u32,
+                stage: group.stage as u32,
+            });
         }
         let rescale = match &op.rescale {
             Some(rescale) => factors.address(&Wanted::repeated(rescale, 1).key)?,
@@ -234,14 +250,15 @@ impl Turns {
     /// With blocks of at most 16; whether that is possible.
     fn small(&mut self, gpu: &Gpu, turn: &Turn<'_>) -> bool {
         let Turn { part, op, .. } = turn;
-        if groups(op).any(|(_, size, _)| size > SMALL) || groups(op).count() > MOST_PARTS {
+        let groups = groups(op);
+        if groups.len() > MOST_PARTS || groups.iter().any(|group| group.size > SMALL) {
             return false;
         }
         let (along, across) = match op.axis {
             0 => (part.rows as usize, part.columns as usize),
             _ => (part.columns as usize, part.rows as usize),
         };
-        let mut cuts = cuts(op, along);
+        let mut cuts = cuts(op, &groups, along);
         let kernel = if op.axis == 0 && lie_together(turn, 4) {
             Kernel::Rows(part.dtype)
         } else if op.axis == 1 && lie_together(turn, 8) {
@@ -260,7 +277,7 @@ impl Turns {
                 at += 1;
             }
             let count = cuts[at] - first;
-            let records = records(op, first, count);
+            let records = records(&groups, first, count);
             let (total, one) = (records.iter().sum::<usize>(), records.into_iter().max().unwrap_or(0));
             let width = across.div_ceil(across.div_ceil(WIDTH).max(1)).next_multiple_of(32);
             let fits = |words: usize| 4 * words <= limit(gpu);
@@ -293,8 +310,8 @@ impl Turns {
                 part: 0,
             }));
         }
-        let class = CLASSES.iter().position(|&most| shared <= most).unwrap_or(0);
-        self.push(Order { batch: 0, stage: 0, kernel, class, threads: 128 }, shared, tiles);
+        let order = Order { batch: 0, stage: 0, kernel, class: class(shared), threads: 128 };
+        self.push(order, shared, tiles);
         true
     }
 
@@ -311,26 +328,22 @@ impl Turns {
             self.used += bytes;
             self.scratch = self.scratch.max(self.used);
         }
-        let (mut position, mut last) = (0, 0);
-        for (index, (stage, size, blocks)) in groups(op).enumerate() {
-            if stage != last {
-                (position, last) = (0, stage);
-            }
+        for (index, group) in groups(op).into_iter().enumerate() {
+            let Group { stage, size, .. } = group;
             let (padded, planes) = (size.next_multiple_of(16), planes(*float, stage));
             let per_tile = (LARGE / padded).max(1);
             let kernel = if stage == 0 { Kernel::Large(part.dtype) } else { Kernel::Scratch };
             let threads = if size <= 64 { 128 } else { 256 };
-            for first in (0..blocks).step_by(per_tile) {
-                let count = per_tile.min(blocks - first);
+            for first in (0..group.count).step_by(per_tile) {
+                let count = per_tile.min(group.count - first);
                 let found = large_step(limit(gpu), planes, op.axis, count * padded);
                 let (step, shared) = found.ok_or_else(|| {
                     Error::Backend(format!("`{name}`: blocks of {size} are too large for the kernels"))
                 })?;
-                let class = CLASSES.iter().position(|&most| shared <= most).unwrap_or(0);
-                let order = Order { batch: self.batch, stage, kernel, class, threads };
+                let order = Order { batch: self.batch, stage, kernel, class: class(shared), threads };
                 let tile = RotationTile {
                     rotation: self.rows.len() as u32,
-                    first: (position + first * size) as u32,
+                    first: (group.first + first * size) as u32,
                     count: (count * size) as u32,
                     from: 0,
                     width: 0,
@@ -345,7 +358,6 @@ impl Turns {
                 });
                 self.push(order, shared, tiles);
             }
-            position += blocks * size;
         }
         Ok(())
     }
@@ -405,16 +417,13 @@ fn lie_together(turn: &Turn<'_>, count: u64) -> bool {
 }
 
 /// The positions that no block of any stage reaches over, from 0 to the end.
-fn cuts(op: &Rotate, along: usize) -> Vec<usize> {
+fn cuts(op: &Rotate, groups: &[Group], along: usize) -> Vec<usize> {
     let mut free = vec![true; along + 1];
-    for stage in &op.stages {
+    for (i, stage) in op.stages.iter().enumerate() {
         let mut ends = vec![false; along + 1];
-        let mut at = 0;
         ends[0] = true;
-        for blocks in &stage.blocks {
-            let (count, size) = (blocks.shape()[0], blocks.shape()[1]);
-            (1..=count).for_each(|i| ends[at + i * size] = true);
-            at += count * size;
+        for Group { first, size, count, .. } in groups.iter().filter(|group| group.stage == i) {
+            (1..=*count).for_each(|n| ends[first + n * size] = true);
         }
         free.iter_mut().zip(&ends).for_each(|(free, end)| *free &= end);
         if let Some(order) = &stage.order {
@@ -429,17 +438,13 @@ fn cuts(op: &Rotate, along: usize) -> Vec<usize> {
 }
 
 /// Words of shared memory that the matrices of each stage take in a tile: `record_words` of `kernels/rotate.cuh`.
-fn records(op: &Rotate, first: usize, count: usize) -> Vec<usize> {
-    let mut words = vec![0; op.stages.len()];
-    let (mut at, mut last) = (0, 0);
-    for (stage, size, blocks) in groups(op) {
-        if stage != last {
-            (at, last) = (0, stage);
-        }
-        let (low, high) = (first.max(at), (first + count).min(at + blocks * size));
-        let padded = [4, 8, 16].into_iter().find(|&p| size <= p).unwrap_or(size);
-        words[stage] += high.saturating_sub(low) / size.max(1) * (padded * (padded + 1) + 4);
-        at += blocks * size;
+fn records(groups: &[Group], first: usize, count: usize) -> Vec<usize> {
+    let mut words = vec![0; groups.last().map_or(0, |group| group.stage + 1)];
+    for group in groups {
+        let end = group.first + group.count * group.size;
+        let (low, high) = (first.max(group.first), (first + count).min(end));
+        let padded = [4, 8, 16].into_iter().find(|&p| group.size <= p).unwrap_or(group.size);
+        words[group.stage] += high.saturating_sub(low) / group.size.max(1) * (padded * (padded + 1) + 4);
     }
     words
 }
@@ -483,9 +488,9 @@ mod tests {
             Stage { blocks: vec![blocks(4, 2), blocks(1, 4)], order: None },
             Stage { blocks: vec![blocks(6, 2)], order: Some(vec![0, 2, 1, 3, 4, 6, 5, 7, 8, 9, 11, 10]) },
         ]);
-        assert_eq!(cuts(&op, 12), [0, 4, 8, 12]);
+        assert_eq!(cuts(&op, &groups(&op), 12), [0, 4, 8, 12]);
         // A matrix of 4 by 4, its places, and four words to spread the banks.
-        assert_eq!(records(&op, 4, 8), [3 * 24, 4 * 24]);
+        assert_eq!(records(&groups(&op), 4, 8), [3 * 24, 4 * 24]);
     }
 
     #[test]
