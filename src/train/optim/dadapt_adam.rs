@@ -15,7 +15,7 @@
 //! The factor of a group's rate is what dadaptation calls `layer_scale`: it multiplies the group's n, its part of m and of |s|_1.
 
 use super::options::{Check, ABOVE_0, AT_LEAST_0, FLAG, TWO_FRACTIONS};
-use super::{add_scaled, bias_correction, choose, scalar, sum, Layout, Optimizer, Part};
+use super::{add_scaled, bias_correction, choose, lower_bound, scalar, sum, Layout, Optimizer, Part};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -128,9 +128,7 @@ impl Optimizer for DAdaptAdam {
             let _ = s.f_mul_scalar_(root)?.f_add_(&g.f_mul(&rate.f_mul_scalar(1.0 - root)?)?)?;
             let _ = length.f_add_(&sum(&s.f_abs()?)?.f_mul_scalar(part.factor)?)?;
         }
-        let numerator =
-            self.numerator.f_mul_scalar(root)?.f_add(&inner.f_mul(&rate)?.f_mul_scalar(1.0 - root)?)?;
-        let mut estimate = numerator.f_div(&length.f_mul_scalar(1.0 - root)?)?;
+        let (numerator, mut estimate) = lower_bound(&self.numerator, root, &rate, &inner, &length)?;
         if let Some(growth) = o.growth_rate {
             estimate = estimate.f_minimum(&d.f_mul_scalar(growth)?)?;
         }

@@ -16,7 +16,7 @@
 //! The factor of a group's rate multiplies its update of p. In units of the factor the update is c * u, so n and |s|_1 need none.
 
 use super::options::{Check, ABOVE_0, AT_LEAST_0, TWO_FRACTIONS};
-use super::{choose, scalar, sum, Layout, Optimizer, Part};
+use super::{choose, lower_bound, scalar, sum, Layout, Optimizer, Part};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -91,12 +91,10 @@ impl Optimizer for DAdaptLion {
             let _ = s.f_mul_scalar_(root)?.f_add_(&update.f_mul(&rate.f_mul_scalar(1.0 - root)?)?)?;
             let _ = length.f_add_(&sum(&s.f_abs()?)?)?;
         }
-        let numerator =
-            self.numerator.f_mul_scalar(root)?.f_add(&inner.f_mul(&rate)?.f_mul_scalar(1.0 - root)?)?;
+        let (numerator, estimate) = lower_bound(&self.numerator, root, &rate, &inner, &length)?;
         self.numerator.f_copy_(&numerator)?;
         if learning_rate > 0.0 {
             // While no gradient was other than 0, there is nothing to divide by.
-            let estimate = numerator.f_div(&length.f_mul_scalar(1.0 - root)?)?;
             let next = choose(&length.f_gt(0.0)?, &self.d.f_maximum(&estimate)?, &self.d)?;
             self.d.f_copy_(&next)?;
         }

@@ -139,6 +139,20 @@ fn choose(condition: &Tensor, yes: &Tensor, no: &Tensor) -> Result<Tensor> {
     Ok(yes.f_where_self(condition, no)?)
 }
 
+/// D-Adaptation's r = q * r + (1 - q) * c * n, and r / ((1 - q) * |s|_1), which bounds the distance to the solution from below. `inner` is
+/// <g, s> as the algorithm takes it, `rate` c, `length` |s|_1.
+fn lower_bound(
+    r: &Tensor,
+    q: f64,
+    rate: &Tensor,
+    inner: &Tensor,
+    length: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let r = r.f_mul_scalar(q)?.f_add(&inner.f_mul(rate)?.f_mul_scalar(1.0 - q)?)?;
+    let bound = r.f_div(&length.f_mul_scalar(1.0 - q)?)?;
+    Ok((r, bound))
+}
+
 /// Adam's sqrt(1 - b2^t) / (1 - b1^t) with t = `updates` + 1.
 fn bias_correction(updates: &Tensor, (b1, b2): (f64, f64)) -> Result<Tensor> {
     let t = updates.f_add_scalar(1.0)?;
