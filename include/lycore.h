@@ -91,6 +91,21 @@
 // Results in weights of 8 bits are rounded up or down with the probability of the distance; others to nearest.
 #define LYCORE_ROUNDING_STOCHASTIC 1
 
+// lycore_layer: a Linear layer or a convolution, as the shape of its weight says.
+#define LYCORE_LAYER_SLIDING 0
+
+// lycore_layer: a LayerNorm over the last axes, those of its weight.
+#define LYCORE_LAYER_LAYER_NORM 1
+
+// lycore_layer: an RMSNorm over the last axes, those of its weight.
+#define LYCORE_LAYER_RMS_NORM 2
+
+// lycore_layer: a GroupNorm, with a weight of one value per channel.
+#define LYCORE_LAYER_GROUP_NORM 3
+
+// The number of a module that does not exist.
+#define LYCORE_NO_MODULE 4294967295
+
 // lycore_network_buffer: the fp32 parameters, flat.
 #define LYCORE_BUFFER_PARAMETERS 0
 
@@ -297,6 +312,29 @@ typedef struct lycore_patch {
   // NULL: the whole weight.
   const struct lycore_slice *slice;
 } lycore_patch;
+
+// A layer of the host's model, on which a module is put.
+typedef struct lycore_layer {
+  // sizeof(lycore_layer).
+  uint64_t struct_size;
+  // One of LYCORE_LAYER_*.
+  int32_t form;
+  // Whether it has a bias.
+  bool has_bias;
+  // Shape of its weight: [out, in], [out, in / groups, kernel..], or a norm's.
+  const int64_t *shape;
+  // Number of axes of the weight.
+  uint64_t ndim;
+  // How a convolution slides; NULL: a Linear layer, or 1 everywhere.
+  const struct lycore_geometry *geometry;
+  // Groups of channels of a GroupNorm.
+  uint64_t groups;
+  // What a norm adds to the variance.
+  double eps;
+  // The layer's weight, fp32, fp16 or bf16, for algorithms that start from it (DoRA, T-LoRA); NULL where the host has none at hand. Not
+  // used after the call.
+  const struct lycore_tensor *weight;
+} lycore_layer;
 
 // What lycore_network_step did.
 typedef struct lycore_step {
@@ -709,19 +747,34 @@ lycore_status lycore_network_new(const char *config,
 // `text` may be written. `error` is NULL or may be written.
 lycore_status lycore_network_schema(char **text, struct lycore_error **error);
 
-// Adds a module for the layer with a weight of this shape, [out, in] or [out, in / groups, kernel..]; its number goes to `index`. `name` is
-// the layer's dotted path or a name as it shall stand in the file. `geometry` is NULL for Linear. Not after lycore_network_build.
+// Adds a module for a layer; its number goes to `index`: LYCORE_NO_MODULE where the config leaves the layer out. `name` is the layer's dotted
+// path or a name as it shall stand in the file. Not after lycore_network_build.
 //
 // # Safety
-// `name` is a NUL-terminated UTF-8 string; `shape` points to `ndim` sizes; `geometry` is NULL or as described; `index` may be written.
+// `name` is a NUL-terminated UTF-8 string; `layer` points to a struct as described; `index` may be written. `error` is NULL or may be
+// written.
+lycore_status lycore_network_add_layer(struct lycore_network *network,
+                                       const char *name,
+                                       const struct lycore_layer *layer,
+                                       uint64_t *index,
+                                       struct lycore_error **error);
+
+// Whether module `index` computes with its layer's own weight (`needs` becomes true): then forward and backward must be given it.
+//
+// # Safety
+// `needs` may be written. `error` is NULL or may be written.
+lycore_status lycore_network_needs_weight(const struct lycore_network *network,
+                                          uint64_t index,
+                                          bool *needs,
+                                          struct lycore_error **error);
+
+// With `evaluating`, forward and backward leave nothing to chance (dropout, DyLoRA's choice of ranks) until they are told otherwise.
+//
+// # Safety
 // `error` is NULL or may be written.
-lycore_status lycore_network_add_module(struct lycore_network *network,
-                                        const char *name,
-                                        const int64_t *shape,
-                                        uint64_t ndim,
-                                        const struct lycore_geometry *geometry,
-                                        uint64_t *index,
-                                        struct lycore_error **error);
+lycore_status lycore_network_evaluate(struct lycore_network *network,
+                                      bool evaluating,
+                                      struct lycore_error **error);
 
 // Allocates parameters, gradients and optimizer state on `device` and initialises them from the config's seed.
 //
@@ -731,25 +784,28 @@ lycore_status lycore_network_build(struct lycore_network *network,
                                    struct lycore_device device,
                                    struct lycore_error **error);
 
-// y += scale * up(down(x)) for module `index`. x and y as in lycore_stack_forward; fp32, fp16 or bf16. `stream` as in lycore_stack_apply.
+// y += what module `index` adds to its layer's output for x. x and y as in lycore_stack_forward (a norm: both as its input); fp32, fp16 or
+// bf16. `weight` is the layer's own weight, or NULL where lycore_network_needs_weight says no. `stream` as in lycore_stack_apply.
 //
 // # Safety
-// `x` and `y` describe memory that does not overlap. `error` is NULL or may be written.
+// `x` and `y` describe memory that does not overlap; `weight` is NULL or describes memory. `error` is NULL or may be written.
 lycore_status lycore_network_forward(struct lycore_network *network,
                                      uint64_t index,
                                      const struct lycore_tensor *x,
+                                     const struct lycore_tensor *weight,
                                      const struct lycore_tensor *y,
                                      void *stream,
                                      struct lycore_error **error);
 
 // The backward of lycore_network_forward: adds the gradients of the module's parameters to the network's, and, unless it is NULL, the
-// gradient of x to `grad_x`. `x` is the forward's input, `grad_y` the gradient of its output.
+// gradient of x to `grad_x`. `x` and `weight` are the forward's, `grad_y` the gradient of its output.
 //
 // # Safety
-// The tensors describe memory that does not overlap; `grad_x` may be NULL. `error` is NULL or may be written.
+// The tensors describe memory that does not overlap; `weight` and `grad_x` may be NULL. `error` is NULL or may be written.
 lycore_status lycore_network_backward(struct lycore_network *network,
                                       uint64_t index,
                                       const struct lycore_tensor *x,
+                                      const struct lycore_tensor *weight,
                                       const struct lycore_tensor *grad_y,
                                       const struct lycore_tensor *grad_x,
                                       void *stream,

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import byref
+from ctypes import byref, c_int64, pointer, sizeof
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from ._binding import (
+    LYCORE_LAYER_GROUP_NORM,
+    LYCORE_LAYER_LAYER_NORM,
+    LYCORE_LAYER_RMS_NORM,
+    lycore_layer,
+)
 from .errors import UnsupportedError
+from .stack import geometry_of
 from .tensor import Descriptor
 
 if TYPE_CHECKING:
     from .network import Network
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Their outputs are fresh memory that no other node of the graph keeps, so the delta may be added in place.
-_FRESH = {nn.Linear, *_CONVOLUTIONS}
+_FRESH = {nn.Linear, *_CONVOLUTIONS, *_NORMS}
 # The `out_proj` of torch's MultiheadAttention, which reads its weight and never calls it: a hook would not run.
 _NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 
@@ -36,15 +44,16 @@ class _Delta(torch.autograd.Function):
         index: int,
         fresh: bool,
         batched: bool,
+        weight: torch.Tensor | None,
     ) -> torch.Tensor:
         x = x.contiguous()
         in_place = fresh and base.is_contiguous() and not base._is_view() and not (base.is_leaf and base.requires_grad)
         y = base if in_place else base.clone(memory_format=torch.contiguous_format)
-        ctx.network, ctx.index, ctx.batched = network, index, batched
+        ctx.network, ctx.index, ctx.batched, ctx.weight = network, index, batched, weight
         ctx.save_for_backward(x)
         if in_place:
             ctx.mark_dirty(base)
-        _call(network, "lycore_network_forward", index, batched, x, y)
+        _call(network, "lycore_network_forward", index, batched, weight, x, None, y)
         return y
 
     @staticmethod
@@ -52,11 +61,20 @@ class _Delta(torch.autograd.Function):
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        _call(ctx.network, "lycore_network_backward", ctx.index, ctx.batched, x, grad_y.contiguous(), grad_x)
-        return None, grad_x, grad_y if ctx.needs_input_grad[2] else None, None, None, None, None
+        grad_y = grad_y if grad_y.is_contiguous() else grad_y.contiguous()
+        _call(ctx.network, "lycore_network_backward", ctx.index, ctx.batched, ctx.weight, x, None, grad_y, grad_x)
+        return None, grad_x, grad_y if ctx.needs_input_grad[2] else None, None, None, None, None, None
 
 
-def _call(network: Network, function: str, index: int, batched: bool, *tensors: torch.Tensor | None) -> None:
+def _call(
+    network: Network,
+    function: str,
+    index: int,
+    batched: bool,
+    weight: torch.Tensor | None,
+    *tensors: torch.Tensor | None,
+) -> None:
+    """Calls forward or backward; the layer's weight goes where `tensors` has its second, None."""
     owner = network._handle()
     described = []
     for tensor in tensors:
@@ -65,6 +83,8 @@ def _call(network: Network, function: str, index: int, batched: bool, *tensors: 
             described.append(Descriptor(tensor if batched else tensor.unsqueeze(0), network.names[index]))
         else:
             described.append(None)
+    if weight is not None:
+        described[1] = Descriptor(weight, network.names[index])
     arguments = [None if d is None else byref(d.c) for d in described]
     device = tensors[0].device.type if tensors[0] is not None else "cpu"
     # The library chooses its own compute dtype; the host's autocast on this thread must not change it.
@@ -75,7 +95,7 @@ def _call(network: Network, function: str, index: int, batched: bool, *tensors: 
         owner.library.call(function, owner, index, *arguments, None)
 
 
-def hook(network: Network, index: int, layer: nn.Module) -> Callable[..., torch.Tensor]:
+def hook(network: Network, index: int, layer: nn.Module, needs_weight: bool) -> Callable[..., torch.Tensor]:
     """A forward hook (with_kwargs) that adds module `index` to the layer's output."""
     anchor = torch.zeros((), requires_grad=True)
     fresh = type(layer) in _FRESH
@@ -86,38 +106,69 @@ def hook(network: Network, index: int, layer: nn.Module) -> Callable[..., torch.
         batched = axes == 0 or x.ndim == axes + 2
         # Another hook may have kept the output.
         alone = fresh and len(layer._forward_hooks) == 1
-        return _Delta.apply(anchor, x, output, network, index, alone, batched)
+        # Read at every call: hosts move weights, and replace them.
+        weight = layer.weight.detach().to(x.device) if needs_weight else None
+        return _Delta.apply(anchor, x, output, network, index, alone, batched, weight)
 
     return add
 
 
 def supported(layer: nn.Module) -> bool:
     """Whether a module can be put on this layer."""
+    if isinstance(layer, _NORMS):
+        return layer.weight is not None
     return isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) and not isinstance(layer, _NEVER_CALLED)
 
 
-def shape_of(name: str, layer: nn.Module) -> tuple[tuple[int, ...], dict[str, Any] | None]:
-    """Shape of the layer's weight as it computes, and how a convolution slides (None for Linear)."""
+def describe(name: str, layer: nn.Module) -> tuple[lycore_layer, tuple[Any, ...]]:
+    """What the library must know about a layer, and what must outlive it."""
     if isinstance(layer, _NEVER_CALLED):
         what = f"`{name}` is read by torch's MultiheadAttention without being called; a module on it would not train."
         raise UnsupportedError(what, hint="leave this layer out", key=name)
+    described = lycore_layer(struct_size=sizeof(lycore_layer), has_bias=getattr(layer, "bias", None) is not None)
+    geometry = None
     if isinstance(layer, nn.Linear):
         # Not the weight's own shape: quantised layers pack it.
-        return (layer.out_features, layer.in_features), None
-    if not isinstance(layer, _CONVOLUTIONS):
-        what = f"`{name}` is a {type(layer).__name__}; modules go on Linear, Conv1d, Conv2d and Conv3d layers."
+        shape: tuple[int, ...] = (layer.out_features, layer.in_features)
+    elif isinstance(layer, _CONVOLUTIONS):
+        if layer.padding_mode != "zeros":
+            what = f"`{name}` pads with {layer.padding_mode!r}; only zeros are supported."
+            raise UnsupportedError(what, hint="leave this layer out", key=name)
+        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+        padding = _padding(name, layer)
+        geometry = geometry_of(len(shape) - 2, layer.stride, padding, layer.dilation, layer.groups)
+        described.geometry = pointer(geometry)
+    elif isinstance(layer, _NORMS) and layer.weight is not None:
+        shape = tuple(layer.weight.shape)
+        described.form, described.eps = _form_of(layer)
+        described.groups = getattr(layer, "num_groups", 0)
+    else:
+        what = f"`{name}` is a {type(layer).__name__}; modules go on Linear, convolutions and norms with a weight."
         raise UnsupportedError(what, key=name)
-    if layer.padding_mode != "zeros":
-        what = f"`{name}` pads with {layer.padding_mode!r}; only zeros are supported."
-        raise UnsupportedError(what, hint="leave this layer out", key=name)
-    shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-    geometry = {
-        "stride": layer.stride,
-        "padding": _padding(name, layer),
-        "dilation": layer.dilation,
-        "groups": layer.groups,
-    }
-    return shape, geometry
+    sizes = (c_int64 * len(shape))(*shape)
+    described.shape, described.ndim = sizes, len(shape)
+    weight = weight_of(layer, shape)
+    if weight is not None:
+        described.weight = pointer(weight.c)
+    return described, (sizes, geometry, weight)
+
+
+def _form_of(norm: Any) -> tuple[int, float]:
+    if isinstance(norm, nn.LayerNorm):
+        return LYCORE_LAYER_LAYER_NORM, norm.eps
+    if isinstance(norm, nn.GroupNorm):
+        return LYCORE_LAYER_GROUP_NORM, norm.eps
+    # torch's own default.
+    return LYCORE_LAYER_RMS_NORM, torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
+
+
+def weight_of(layer: nn.Module, shape: tuple[int, ...]) -> Descriptor | None:
+    """The layer's weight, where it is plain numbers of the layer's own shape."""
+    weight = getattr(layer, "weight", None)
+    plain = isinstance(weight, torch.Tensor) and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if not plain or tuple(weight.shape) != shape or weight.device.type not in ("cpu", "cuda"):
+        return None
+    return Descriptor(weight.detach(), "weight")
 
 
 def _padding(name: str, layer: Any) -> tuple[int, ...]:

@@ -39,6 +39,11 @@ LYCORE_BACKUP_AUTO = 2
 LYCORE_BACKUP_COMPACT = 3
 LYCORE_ROUNDING_NEAREST = 0
 LYCORE_ROUNDING_STOCHASTIC = 1
+LYCORE_LAYER_SLIDING = 0
+LYCORE_LAYER_LAYER_NORM = 1
+LYCORE_LAYER_RMS_NORM = 2
+LYCORE_LAYER_GROUP_NORM = 3
+LYCORE_NO_MODULE = 4294967295
 LYCORE_BUFFER_PARAMETERS = 0
 LYCORE_BUFFER_GRADIENTS = 1
 
@@ -157,6 +162,20 @@ class lycore_patch(Structure):
         ("tensors", POINTER(lycore_tensor)),
         ("strength", c_double),
         ("slice", POINTER(lycore_slice)),
+    ]
+
+
+class lycore_layer(Structure):
+    _fields_ = [
+        ("struct_size", c_uint64),
+        ("form", c_int32),
+        ("has_bias", c_bool),
+        ("shape", POINTER(c_int64)),
+        ("ndim", c_uint64),
+        ("geometry", POINTER(lycore_geometry)),
+        ("groups", c_uint64),
+        ("eps", c_double),
+        ("weight", POINTER(lycore_tensor)),
     ]
 
 
@@ -317,22 +336,25 @@ def declare(library: CDLL) -> None:
     library.lycore_network_new.argtypes = [c_char_p, POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_network_schema.restype = c_int32
     library.lycore_network_schema.argtypes = [POINTER(c_void_p), POINTER(c_void_p)]
-    library.lycore_network_add_module.restype = c_int32
-    library.lycore_network_add_module.argtypes = [
+    library.lycore_network_add_layer.restype = c_int32
+    library.lycore_network_add_layer.argtypes = [
         c_void_p,
         c_char_p,
-        POINTER(c_int64),
-        c_uint64,
-        POINTER(lycore_geometry),
+        POINTER(lycore_layer),
         POINTER(c_uint64),
         POINTER(c_void_p),
     ]
+    library.lycore_network_needs_weight.restype = c_int32
+    library.lycore_network_needs_weight.argtypes = [c_void_p, c_uint64, POINTER(c_bool), POINTER(c_void_p)]
+    library.lycore_network_evaluate.restype = c_int32
+    library.lycore_network_evaluate.argtypes = [c_void_p, c_bool, POINTER(c_void_p)]
     library.lycore_network_build.restype = c_int32
     library.lycore_network_build.argtypes = [c_void_p, lycore_device, POINTER(c_void_p)]
     library.lycore_network_forward.restype = c_int32
     library.lycore_network_forward.argtypes = [
         c_void_p,
         c_uint64,
+        POINTER(lycore_tensor),
         POINTER(lycore_tensor),
         POINTER(lycore_tensor),
         c_void_p,
@@ -342,6 +364,7 @@ def declare(library: CDLL) -> None:
     library.lycore_network_backward.argtypes = [
         c_void_p,
         c_uint64,
+        POINTER(lycore_tensor),
         POINTER(lycore_tensor),
         POINTER(lycore_tensor),
         POINTER(lycore_tensor),

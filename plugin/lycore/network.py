@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import byref, c_int64, c_uint64, sizeof
+from ctypes import byref, c_bool, c_uint64, sizeof
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ._binding import (
     LYCORE_BUFFER_PARAMETERS,
     LYCORE_DEVICE_CPU,
     LYCORE_DEVICE_CUDA,
+    LYCORE_NO_MODULE,
     lycore_device,
     lycore_step,
     lycore_tensor,
@@ -23,7 +24,6 @@ from ._binding import (
 from ._library import Closable, Owned, load
 from .adapter import encoded_path
 from .errors import AdapterKeyError, DeviceError
-from .stack import geometry_of
 
 if TYPE_CHECKING:
     import torch
@@ -55,23 +55,25 @@ class Network(Closable):
         """The keys of a config with their defaults, one per line."""
         return load(torch=True).text("lycore_network_schema")
 
-    def add(self, name: str, layer: torch.nn.Module) -> int:
-        """Puts a module on one layer (Linear, Conv1d, Conv2d, Conv3d) and returns its number.
+    def add(self, name: str, layer: torch.nn.Module) -> int | None:
+        """Puts a module on one layer (Linear, Conv1d, Conv2d, Conv3d; norms with `train_norm`) and returns its number;
+        None where the config leaves the layer out.
 
         `name` is the layer's dotted path, or a name as it shall stand in the file. From here on the layer's output
         has the module's delta added, so run the model only after `build`.
         """
         from . import _autograd
 
-        shape, sliding = _autograd.shape_of(name, layer)
-        geometry = geometry_of(len(shape) - 2, **sliding) if sliding else None
-        index = c_uint64()
-        sizes = (c_int64 * len(shape))(*shape)
-        described = byref(geometry) if geometry else None
-        self._call("lycore_network_add_module", name.encode(), sizes, len(shape), described, byref(index))
+        described, _alive = _autograd.describe(name, layer)
+        index, needs_weight = c_uint64(), c_bool()
+        self._call("lycore_network_add_layer", name.encode(), byref(described), byref(index))
+        if index.value == LYCORE_NO_MODULE:
+            return None
+        self._call("lycore_network_needs_weight", index, byref(needs_weight))
         # Numbers are given in order, from 0.
         self.names.append(name)
-        self._hooks.append(layer.register_forward_hook(_autograd.hook(self, index.value, layer), with_kwargs=True))
+        hook = _autograd.hook(self, index.value, layer, needs_weight.value)
+        self._hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
         if self._device is None:
             self._device = next((p.device for p in layer.parameters()), None)
         return index.value
@@ -93,10 +95,8 @@ class Network(Closable):
             raise AdapterKeyError(f"None of {len(layers)} layers matches {targets!r}.", hint=hint, key=str(targets))
         # First, so that a layer that cannot have a module leaves everything as it was.
         for name, layer in chosen:
-            _autograd.shape_of(prefix + name, layer)
-        for name, layer in chosen:
-            self.add(prefix + name, layer)
-        return [name for name, _ in chosen]
+            _autograd.describe(prefix + name, layer)
+        return [name for name, layer in chosen if self.add(prefix + name, layer) is not None]
 
     def detach(self) -> None:
         """Takes the modules off the layers; the model computes as before. Parameters and state stay."""

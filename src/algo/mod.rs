@@ -3,6 +3,8 @@
 //! To add one, write its file and put its [`Recipe`] in [`ALL`].
 
 mod boft;
+#[cfg(feature = "torch")]
+pub mod draw;
 mod extras;
 pub mod full;
 pub mod glora;
@@ -15,6 +17,10 @@ pub mod oft;
 pub mod peft_oft;
 pub mod set;
 pub mod tlora;
+#[cfg(feature = "torch")]
+pub mod training;
+#[cfg(all(test, feature = "torch"))]
+mod training_tests;
 pub mod vera;
 
 use crate::adapter::metadata::PeftConfig;
@@ -124,6 +130,10 @@ pub static ALL: &[Recipe] = &[
     ia3::PEFT,
     ia3::RECIPE,
 ];
+
+/// The algorithms that can be trained. DoRA goes around those that have a low rank: [`extras::Decomposed`].
+#[cfg(feature = "torch")]
+pub static TRAINED: &[training::Begin] = &[lora::BEGIN];
 
 /// Reads one module. `Err(Unsupported)` names what this version does not know.
 pub fn read(module: &str, group: Group) -> Result<Box<dyn Algorithm>> {
@@ -319,86 +329,3 @@ fn transposed(module: &str, tensor: &Tensor) -> Result<Tensor> {
 
 /// One number per module: alpha.
 const ALPHA: &str = "alpha";
-
-/// The start values of a parameter.
-#[cfg(feature = "torch")]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Init {
-    /// All zero.
-    Zeros,
-    /// Uniform in (-bound, bound).
-    Uniform {
-        /// Largest magnitude.
-        bound: f64,
-    },
-}
-
-/// A tensor that training changes.
-#[cfg(feature = "torch")]
-#[derive(Clone, Debug, PartialEq)]
-pub struct Parameter {
-    /// Its name within the module: the canonical suffix of `adapter::keys`, as it is written to a file.
-    pub slot: &'static str,
-    /// Its shape, also in the file.
-    pub shape: Vec<usize>,
-    /// How it starts.
-    pub init: Init,
-}
-
-/// What a backward pass of one module gives.
-#[cfg(feature = "torch")]
-#[derive(Debug)]
-pub struct Gradients {
-    /// One per parameter, in the order of [`Trainable::parameters`].
-    pub parameters: Vec<tch::Tensor>,
-    /// With respect to the input, if it was asked for.
-    pub input: Option<tch::Tensor>,
-}
-
-/// One module in training: the same formula as its [`Algorithm`], as tch operations. It holds shapes and constants, never values.
-#[cfg(feature = "torch")]
-pub trait Trainable: Debug + Send {
-    /// The field's name, as [`Algorithm::name`].
-    fn name(&self) -> &'static str;
-    /// Rank of the factors.
-    fn rank(&self) -> usize;
-    /// `alpha`, as it is written to the file.
-    fn alpha(&self) -> f64;
-    /// The parameters, in the order in which `forward` takes them.
-    fn parameters(&self) -> Vec<Parameter>;
-    /// What the module adds to its layer's output for the layer's input `x`; differentiable. All tensors have one dtype.
-    fn forward(&self, parameters: &[tch::Tensor], x: &tch::Tensor) -> Result<tch::Tensor>;
-
-    /// The gradients for the layer's output gradient. `parameters` are leaves that require a gradient; `x` is none. The default
-    /// differentiates `forward`; override it where a formula is cheaper.
-    fn backward(
-        &self,
-        parameters: &[tch::Tensor],
-        x: &tch::Tensor,
-        grad_y: &tch::Tensor,
-        want_input: bool,
-    ) -> Result<Gradients> {
-        differentiate(&|x| self.forward(parameters, x), parameters, x, grad_y, want_input)
-    }
-}
-
-/// The gradients of any differentiable forward, by libtorch's autograd. Works whatever grad mode the calling thread is in.
-#[cfg(feature = "torch")]
-pub fn differentiate(
-    forward: &dyn Fn(&tch::Tensor) -> Result<tch::Tensor>,
-    parameters: &[tch::Tensor],
-    x: &tch::Tensor,
-    grad_y: &tch::Tensor,
-    want_input: bool,
-) -> Result<Gradients> {
-    tch::with_grad(|| {
-        let x = x.f_detach()?.f_set_requires_grad(want_input)?;
-        // The product's sum has exactly grad_y as its gradient in the output, whatever it rounds or overflows to itself.
-        let loss = forward(&x)?.f_mul(&grad_y.f_detach()?)?.f_sum(None)?;
-        let mut leaves: Vec<&tch::Tensor> = parameters.iter().collect();
-        leaves.extend(want_input.then_some(&x));
-        let mut gradients = tch::Tensor::f_run_backward(&[loss], &leaves, false, false)?;
-        let input = if want_input { gradients.pop() } else { None };
-        Ok(Gradients { parameters: gradients, input })
-    })
-}

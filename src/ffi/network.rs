@@ -14,7 +14,12 @@ use crate::dtype::{Dtype, Float};
 use crate::error::Error;
 use crate::view::{Device, View};
 #[cfg(feature = "torch")]
-use crate::{merge::torch::blob, train};
+use crate::{
+    algo::training::{Form, Layer},
+    merge::bypass::Geometry,
+    merge::torch::blob,
+    train,
+};
 use parking_lot::Mutex;
 use std::ffi::{c_char, c_void};
 use std::path::Path;
@@ -24,6 +29,42 @@ use std::sync::Arc;
 /// and backward per layer. One call at a time; a second thread gets LYCORE_BUSY. Freed with lycore_network_free.
 pub struct lycore_network {
     _opaque: [u8; 0],
+}
+
+/// lycore_layer: a Linear layer or a convolution, as the shape of its weight says.
+pub const LYCORE_LAYER_SLIDING: i32 = 0;
+/// lycore_layer: a LayerNorm over the last axes, those of its weight.
+pub const LYCORE_LAYER_LAYER_NORM: i32 = 1;
+/// lycore_layer: an RMSNorm over the last axes, those of its weight.
+pub const LYCORE_LAYER_RMS_NORM: i32 = 2;
+/// lycore_layer: a GroupNorm, with a weight of one value per channel.
+pub const LYCORE_LAYER_GROUP_NORM: i32 = 3;
+
+/// The number of a module that does not exist.
+pub const LYCORE_NO_MODULE: u64 = 0xffff_ffff;
+
+/// A layer of the host's model, on which a module is put.
+#[repr(C)]
+pub struct lycore_layer {
+    /// sizeof(lycore_layer).
+    pub struct_size: u64,
+    /// One of LYCORE_LAYER_*.
+    pub form: i32,
+    /// Whether it has a bias.
+    pub has_bias: bool,
+    /// Shape of its weight: [out, in], [out, in / groups, kernel..], or a norm's.
+    pub shape: *const i64,
+    /// Number of axes of the weight.
+    pub ndim: u64,
+    /// How a convolution slides; NULL: a Linear layer, or 1 everywhere.
+    pub geometry: *const lycore_geometry,
+    /// Groups of channels of a GroupNorm.
+    pub groups: u64,
+    /// What a norm adds to the variance.
+    pub eps: f64,
+    /// The layer's weight, fp32, fp16 or bf16, for algorithms that start from it (DoRA, T-LoRA); NULL where the host has none at hand. Not
+    /// used after the call.
+    pub weight: *const lycore_tensor,
 }
 
 /// lycore_network_buffer: the fp32 parameters, flat.
@@ -131,19 +172,17 @@ pub unsafe extern "C" fn lycore_network_schema(
     }
 }
 
-/// Adds a module for the layer with a weight of this shape, [out, in] or [out, in / groups, kernel..]; its number goes to `index`. `name` is
-/// the layer's dotted path or a name as it shall stand in the file. `geometry` is NULL for Linear. Not after lycore_network_build.
+/// Adds a module for a layer; its number goes to `index`: LYCORE_NO_MODULE where the config leaves the layer out. `name` is the layer's dotted
+/// path or a name as it shall stand in the file. Not after lycore_network_build.
 ///
 /// # Safety
-/// `name` is a NUL-terminated UTF-8 string; `shape` points to `ndim` sizes; `geometry` is NULL or as described; `index` may be written.
-/// `error` is NULL or may be written.
+/// `name` is a NUL-terminated UTF-8 string; `layer` points to a struct as described; `index` may be written. `error` is NULL or may be
+/// written.
 #[no_mangle]
-pub unsafe extern "C" fn lycore_network_add_module(
+pub unsafe extern "C" fn lycore_network_add_layer(
     network: *mut lycore_network,
     name: *const c_char,
-    shape: *const i64,
-    ndim: u64,
-    geometry: *const lycore_geometry,
+    layer: *const lycore_layer,
     index: *mut u64,
     error: *mut *mut lycore_error,
 ) -> lycore_status {
@@ -151,11 +190,102 @@ pub unsafe extern "C" fn lycore_network_add_module(
     unsafe {
         boundary::run(error, || {
             let (name, index) = (boundary::text(name, "name")?, boundary::out(index, "index")?);
-            let shape = super::tensor::shape(boundary::array(shape, ndim, "shape")?, "shape")?;
-            let geometry = self::geometry(geometry)?;
+            let given = boundary::sized(layer, "layer")?;
+            let shape = super::tensor::shape(boundary::array(given.shape, given.ndim, "shape")?, "shape")?;
+            let weight = optional(given.weight, "weight")?;
             training! {
-                *index = on_network(network, |n| Ok(n.network.add_module(name, &shape, geometry)?))? as u64;
+                let (layer, geometry) = described(name, given, &shape)?;
+                let weight = weight.as_ref().map(blob).transpose()?;
+                let added = on_network(network, |n| Ok(n.network.add_layer(layer, geometry, weight.as_ref())?))?;
+                *index = added.map_or(LYCORE_NO_MODULE, |index| index as u64);
                 Ok(())
+            }
+        })
+    }
+}
+
+/// The layer that a host describes, and how it slides; a norm does not.
+///
+/// # Safety
+/// `given.geometry` is NULL or points to a struct as described.
+#[cfg(feature = "torch")]
+unsafe fn described(name: &str, given: &lycore_layer, shape: &[usize]) -> Outcome<(Layer, Option<Geometry>)> {
+    let bad = |what: String| Err(Failure::boundary(LYCORE_BAD_ARGUMENT, format!("`{name}`: {what}")));
+    let eps = given.eps;
+    let form = match given.form {
+        LYCORE_LAYER_SLIDING => {
+            // SAFETY: the caller's promises.
+            let geometry = unsafe { self::geometry(given.geometry) }?;
+            return Ok((Layer::sliding(name, shape, &geometry, given.has_bias)?, Some(geometry)));
+        }
+        LYCORE_LAYER_LAYER_NORM => Form::LayerNorm { eps },
+        LYCORE_LAYER_RMS_NORM => Form::RmsNorm { eps },
+        LYCORE_LAYER_GROUP_NORM => Form::GroupNorm { groups: given.groups as i64, eps },
+        other => return bad(format!("`form` is {other}, it must be one of LYCORE_LAYER_*")),
+    };
+    if shape.is_empty() || shape.contains(&0) || !(0.0..1.0).contains(&eps) {
+        return bad(format!("no norm has a weight of shape {shape:?} and an eps of {eps}"));
+    }
+    let grouped = matches!(form, Form::GroupNorm { .. });
+    if grouped && (shape.len() != 1 || given.groups == 0 || shape[0] as u64 % given.groups != 0) {
+        return bad(format!("{} groups do not fit a norm of {shape:?} channels", given.groups));
+    }
+    Ok((Layer { name: name.to_owned(), weight: shape.to_vec(), form, bias: given.has_bias }, None))
+}
+
+/// A tensor that may be left out.
+///
+/// # Safety
+/// `tensor` is NULL or describes memory.
+unsafe fn optional(tensor: *const lycore_tensor, name: &'static str) -> Outcome<Option<View>> {
+    if tensor.is_null() {
+        return Ok(None);
+    }
+    // SAFETY: the caller's promises.
+    unsafe { view(tensor, name) }.map(Some)
+}
+
+/// Whether module `index` computes with its layer's own weight (`needs` becomes true): then forward and backward must be given it.
+///
+/// # Safety
+/// `needs` may be written. `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_network_needs_weight(
+    network: *const lycore_network,
+    index: u64,
+    needs: *mut bool,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            let needs = boundary::out(needs, "needs")?;
+            training! {
+                *needs = on_network(network, |n| Ok(n.network.needs_weight(index as usize)?))?;
+                Ok(())
+            }
+        })
+    }
+}
+
+/// With `evaluating`, forward and backward leave nothing to chance (dropout, DyLoRA's choice of ranks) until they are told otherwise.
+///
+/// # Safety
+/// `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_network_evaluate(
+    network: *mut lycore_network,
+    evaluating: bool,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            training! {
+                on_network(network, |n| {
+                    n.network.evaluate(evaluating);
+                    Ok(())
+                })
             }
         })
     }
@@ -193,15 +323,17 @@ pub unsafe extern "C" fn lycore_network_build(
     }
 }
 
-/// y += scale * up(down(x)) for module `index`. x and y as in lycore_stack_forward; fp32, fp16 or bf16. `stream` as in lycore_stack_apply.
+/// y += what module `index` adds to its layer's output for x. x and y as in lycore_stack_forward (a norm: both as its input); fp32, fp16 or
+/// bf16. `weight` is the layer's own weight, or NULL where lycore_network_needs_weight says no. `stream` as in lycore_stack_apply.
 ///
 /// # Safety
-/// `x` and `y` describe memory that does not overlap. `error` is NULL or may be written.
+/// `x` and `y` describe memory that does not overlap; `weight` is NULL or describes memory. `error` is NULL or may be written.
 #[no_mangle]
 pub unsafe extern "C" fn lycore_network_forward(
     network: *mut lycore_network,
     index: u64,
     x: *const lycore_tensor,
+    weight: *const lycore_tensor,
     y: *const lycore_tensor,
     stream: *mut c_void,
     error: *mut *mut lycore_error,
@@ -209,10 +341,13 @@ pub unsafe extern "C" fn lycore_network_forward(
     // SAFETY: the caller's promises.
     unsafe {
         boundary::run(error, || {
-            let (x, y) = (view(x, "x")?, view(y, "y")?);
+            let (x, y, weight) = (view(x, "x")?, view(y, "y")?, optional(weight, "weight")?);
             training! {
                 on_network(network, |n| {
-                    in_scope(y.device(), stream, |_| Ok(n.network.forward(index as usize, &blob(&x)?, &blob(&y)?)?))
+                    in_scope(y.device(), stream, |_| {
+                        let weight = weight.as_ref().map(blob).transpose()?;
+                        Ok(n.network.forward(index as usize, &blob(&x)?, weight.as_ref(), &blob(&y)?)?)
+                    })
                 })
             }
         })
@@ -220,15 +355,16 @@ pub unsafe extern "C" fn lycore_network_forward(
 }
 
 /// The backward of lycore_network_forward: adds the gradients of the module's parameters to the network's, and, unless it is NULL, the
-/// gradient of x to `grad_x`. `x` is the forward's input, `grad_y` the gradient of its output.
+/// gradient of x to `grad_x`. `x` and `weight` are the forward's, `grad_y` the gradient of its output.
 ///
 /// # Safety
-/// The tensors describe memory that does not overlap; `grad_x` may be NULL. `error` is NULL or may be written.
+/// The tensors describe memory that does not overlap; `weight` and `grad_x` may be NULL. `error` is NULL or may be written.
 #[no_mangle]
 pub unsafe extern "C" fn lycore_network_backward(
     network: *mut lycore_network,
     index: u64,
     x: *const lycore_tensor,
+    weight: *const lycore_tensor,
     grad_y: *const lycore_tensor,
     grad_x: *const lycore_tensor,
     stream: *mut c_void,
@@ -238,15 +374,14 @@ pub unsafe extern "C" fn lycore_network_backward(
     unsafe {
         boundary::run(error, || {
             let (x, grad_y) = (view(x, "x")?, view(grad_y, "grad_y")?);
-            let grad_x = match grad_x.is_null() {
-                true => None,
-                false => Some(view(grad_x, "grad_x")?),
-            };
+            let (weight, grad_x) = (optional(weight, "weight")?, optional(grad_x, "grad_x")?);
             training! {
                 on_network(network, |n| {
                     in_scope(x.device(), stream, |_| {
+                        let weight = weight.as_ref().map(blob).transpose()?;
                         let grad_x = grad_x.as_ref().map(blob).transpose()?;
-                        Ok(n.network.backward(index as usize, &blob(&x)?, &blob(&grad_y)?, grad_x.as_ref())?)
+                        let (x, grad_y) = (blob(&x)?, blob(&grad_y)?);
+                        Ok(n.network.backward(index as usize, &x, weight.as_ref(), &grad_y, grad_x.as_ref())?)
                     })
                 })
             }

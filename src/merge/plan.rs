@@ -265,7 +265,7 @@ impl Strengths {
 }
 
 /// `*` stands for any text. Linear in the text: after a mismatch only the last star is tried again.
-fn glob(pattern: &str, text: &str) -> bool {
+pub fn glob(pattern: &str, text: &str) -> bool {
     let mut pieces = pattern.split('*');
     let Some(mut rest) = pieces.next().and_then(|first| text.strip_prefix(first)) else { return false };
     let pieces: Vec<&str> = pieces.collect();

@@ -1,34 +1,28 @@
 //! The options of a training run: read from JSON, checked completely, all problems told at once.
 
+use super::modules::{self, Modules};
 use super::optim::Options;
 use super::reader::{unknown_keys, Reader};
 use super::schedule::Schedule;
+use crate::algo::TRAINED;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use once_cell::sync::Lazy;
 use serde_json::{json, Map, Value};
 
 /// One documented option.
-struct Key {
-    name: &'static str,
+pub(super) struct Key {
+    pub(super) name: &'static str,
     default: &'static str,
     about: &'static str,
 }
 
-const fn key(name: &'static str, default: &'static str, about: &'static str) -> Key {
+pub(super) const fn key(name: &'static str, default: &'static str, about: &'static str) -> Key {
     Key { name, default, about }
 }
 
-/// Every option, in the order of the documentation.
+/// Every option but those of modules, in the order of the documentation.
 static KEYS: &[Key] = &[
-    key("network_dim", "16", "rank of Linear layers and 1x1 convolutions"),
-    key(
-        "network_alpha",
-        "network_dim",
-        "the output is scaled by network_alpha / network_dim; 0 means network_dim",
-    ),
-    key("conv_dim", "network_dim", "rank of convolutions with a larger kernel"),
-    key("conv_alpha", "the same scale as network_alpha", "as network_alpha, for conv_dim"),
     key(
         "learning_rate",
         "1e-4",
@@ -82,6 +76,13 @@ static KEYS: &[Key] = &[
         "1",
         "so many calls of step make one update with the averaged gradient",
     ),
+    key(modules::MAP, "{}", "other options, of those above, for modules whose name fits a pattern, in which * stands for any text: {\"*attn2*\": {\"network_dim\": 4}}; of several the longest pattern"),
+    key("unet_lr", "learning_rate", "rate of modules that are in no text encoder"),
+    key("text_encoder_lr", "learning_rate", "rate of modules in text encoders (lora_te.. in the file)"),
+    key("loraplus_lr_ratio", "1", "LoRA+: the rate of up factors, as a multiple"),
+    key("loraplus_unet_lr_ratio", "loraplus_lr_ratio", "the same, in no text encoder"),
+    key("loraplus_text_encoder_lr_ratio", "loraplus_lr_ratio", "the same, in text encoders"),
+    key("scale_weight_norms", "none", "after each update every module whose norm of dW is above this is scaled down to it"),
     key("output_name", "none", "name of the adapter, written to the file"),
     key("training_comment", "none", "free text, written to the file"),
 ];
@@ -89,10 +90,9 @@ static KEYS: &[Key] = &[
 /// A checked set of options; absent ones have their defaults.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    pub(crate) network_dim: usize,
-    pub(crate) network_alpha: f64,
-    pub(crate) conv_dim: usize,
-    pub(crate) conv_alpha: f64,
+    pub(super) modules: Modules,
+    pub(super) rates: Rates,
+    pub(super) scale_weight_norms: Option<f64>,
     pub(crate) schedule: Schedule,
     pub(crate) max_grad_norm: f64,
     pub(crate) optimizer: Options,
@@ -101,6 +101,49 @@ pub struct Config {
     pub(crate) gradient_accumulation_steps: u64,
     pub(crate) output_name: Option<String>,
     pub(crate) training_comment: Option<String>,
+}
+
+/// Learning rates of parts of a network; `None` is the common one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Rates {
+    unet: Option<f64>,
+    text_encoder: Option<f64>,
+    plus: f64,
+    plus_unet: Option<f64>,
+    plus_text_encoder: Option<f64>,
+}
+
+impl Rates {
+    fn read(read: &mut Reader) -> Self {
+        Rates {
+            unet: read.number("unet_lr", 0.0),
+            text_encoder: read.number("text_encoder_lr", 0.0),
+            plus: read.number("loraplus_lr_ratio", f64::MIN_POSITIVE).unwrap_or(1.0),
+            plus_unet: read.number("loraplus_unet_lr_ratio", f64::MIN_POSITIVE),
+            plus_text_encoder: read.number("loraplus_text_encoder_lr_ratio", f64::MIN_POSITIVE),
+        }
+    }
+
+    fn write(&self, json: &mut Map<String, Value>) {
+        let values = [
+            ("unet_lr", self.unet),
+            ("text_encoder_lr", self.text_encoder),
+            ("loraplus_lr_ratio", Some(self.plus)),
+            ("loraplus_unet_lr_ratio", self.plus_unet),
+            ("loraplus_text_encoder_lr_ratio", self.plus_text_encoder),
+        ];
+        json.extend(values.into_iter().filter_map(|(name, value)| Some((name.to_owned(), json!(value?)))));
+    }
+
+    /// The factor of `base` for the parameters of a module, and for those that LoRA+ raises.
+    pub(super) fn factors(&self, text_encoder: bool, base: f64) -> (f64, f64) {
+        let (rate, plus) = match text_encoder {
+            true => (self.text_encoder, self.plus_text_encoder),
+            false => (self.unet, self.plus_unet),
+        };
+        let factor = rate.map_or(1.0, |rate| rate / base);
+        (factor, factor * plus.unwrap_or(self.plus))
+    }
 }
 
 impl Config {
@@ -126,6 +169,7 @@ impl Config {
     /// Every key with its default and meaning, one per line, then every optimizer with its options.
     pub fn schema() -> &'static str {
         static TEXT: Lazy<String> = Lazy::new(|| {
+            let algorithms: Vec<_> = TRAINED.iter().map(|begin| begin.names.join(" = ")).collect();
             let line = |k: &Key| format!("{:<28} {:<32} {}\n", k.name, k.default, k.about);
             let optimizer = |name: &&str| {
                 let options = Options::of(name)?;
@@ -133,7 +177,8 @@ impl Config {
                 Some(format!("{:<28} {}\n{:<28} {arguments}\n", name, options.about(), ""))
             };
             format!("{:<28} {:<32} meaning\n", "key", "default")
-                + &KEYS.iter().map(line).collect::<String>()
+                + &modules::KEYS.iter().chain(KEYS).map(line).collect::<String>()
+                + &format!("\n{:<28} of modules: {}\n", "algo", algorithms.join(", "))
                 + &format!("\n{:<28} meaning, optimizer_args (null is off)\n", "optimizer_type")
                 + &Options::NAMES.iter().filter_map(optimizer).collect::<String>()
         });
@@ -141,23 +186,10 @@ impl Config {
     }
 
     fn read(map: &Map<String, Value>, problems: &mut Vec<String>) -> Config {
-        let known: Vec<&str> = KEYS.iter().map(|k| k.name).collect();
+        let known: Vec<&str> = modules::KEYS.iter().chain(KEYS).map(|k| k.name).collect();
         unknown_keys(map, "", &known, problems);
         let mut read = Reader { map, prefix: "", problems };
-        const RANKS: (u64, u64) = (1, 1 << 16);
-        let network_dim = read.whole("network_dim", RANKS).unwrap_or(16);
-        let positive_or = |alpha: Option<f64>, default: f64| alpha.filter(|&a| a != 0.0).unwrap_or(default);
-        let network_alpha = positive_or(read.number("network_alpha", 0.0), network_dim as f64);
-        let conv_dim = read.whole("conv_dim", RANKS).unwrap_or(network_dim);
-        let same_scale = if conv_dim == network_dim {
-            network_alpha
-        } else {
-            network_alpha * conv_dim as f64 / network_dim as f64
-        };
-        let conv_alpha = match read.number("conv_alpha", 0.0) {
-            Some(0.0) => conv_dim as f64,
-            given => given.unwrap_or(same_scale),
-        };
+        let modules = Modules::read(&mut read);
         let optimizer = read.optimizer();
         let schedule = Schedule::read(&mut read, &optimizer);
         let max_grad_norm = read.number("max_grad_norm", 0.0).unwrap_or(1.0);
@@ -167,10 +199,9 @@ impl Config {
         let gradient_accumulation_steps =
             read.whole("gradient_accumulation_steps", (1, 1 << 32)).unwrap_or(1);
         Config {
-            network_dim: network_dim as usize,
-            network_alpha,
-            conv_dim: conv_dim as usize,
-            conv_alpha,
+            modules,
+            rates: Rates::read(&mut read),
+            scale_weight_norms: read.number("scale_weight_norms", f64::MIN_POSITIVE),
             schedule,
             max_grad_norm,
             optimizer,
@@ -190,10 +221,6 @@ impl Config {
     /// The resolved options; parsing them again gives an equal set.
     pub fn to_json(&self) -> Value {
         let mut json = json!({
-            "network_dim": self.network_dim,
-            "network_alpha": self.network_alpha,
-            "conv_dim": self.conv_dim,
-            "conv_alpha": self.conv_alpha,
             "max_grad_norm": self.max_grad_norm,
             "optimizer_type": self.optimizer.name(),
             "optimizer_args": self.optimizer.arguments(),
@@ -207,7 +234,12 @@ impl Config {
                 json[name] = json!(text);
             }
         }
+        if let Some(norm) = self.scale_weight_norms {
+            json["scale_weight_norms"] = json!(norm);
+        }
         if let Value::Object(json) = &mut json {
+            self.modules.write(json);
+            self.rates.write(json);
             self.schedule.write(json);
         }
         json
@@ -227,16 +259,21 @@ impl Config {
 mod tests {
     use super::*;
 
+    fn ranks(c: &Config) -> (usize, f64, usize, f64) {
+        let all = &c.modules.all;
+        (all.rule.dim, all.rule.alpha, all.conv_dim, all.conv_alpha)
+    }
+
     #[test]
     fn defaults_follow_each_other() {
         let c = Config::parse("").unwrap();
-        assert_eq!((c.network_dim, c.network_alpha, c.conv_dim, c.conv_alpha), (16, 16.0, 16, 16.0));
+        assert_eq!(ranks(&c), (16, 16.0, 16, 16.0));
         assert_eq!((c.schedule, c.max_grad_norm), (Schedule::default(), 1.0));
         assert_eq!(Some(c.optimizer), Options::of("AdamW"));
         let c = Config::parse(r#"{"network_dim": 32, "network_alpha": 8, "conv_dim": 4}"#).unwrap();
-        assert_eq!((c.network_alpha, c.conv_dim, c.conv_alpha), (8.0, 4, 1.0));
+        assert_eq!(ranks(&c), (32, 8.0, 4, 1.0));
         let c = Config::parse(r#"{"network_dim": 8, "network_alpha": 0, "conv_alpha": 2}"#).unwrap();
-        assert_eq!((c.network_alpha, c.conv_dim, c.conv_alpha), (8.0, 8, 2.0));
+        assert_eq!(ranks(&c), (8, 8.0, 8, 2.0));
         let text = r#"{"lr_scheduler": "Cosine", "max_train_steps": 200, "lr_warmup_steps": 0.1}"#;
         let c = Config::parse(text).unwrap();
         assert_eq!((c.schedule.warmup, c.schedule().learning_rate(10)), (20, 5e-5));
@@ -274,6 +311,9 @@ mod tests {
         let schedules = [
             r#"{"network_dim": 3, "network_alpha": 1.7, "conv_dim": 7, "lr_scheduler": "cosine", "max_train_steps": 18446744073709551615,
                 "optimizer_args": {"betas": [0.1, 0.2], "eps": 3e-9, "weight_decay": 0}, "mixed_precision": "bf16", "output_name": "ä"}"#,
+            r#"{"algo": "locon", "name_algo_map": {"*attn*": {"algo": "none"}, "*ff*": {"network_dim": 2}}, "unet_lr": 0.5, "text_encoder_lr": 0,
+                "loraplus_lr_ratio": 16, "loraplus_unet_lr_ratio": 3, "loraplus_text_encoder_lr_ratio": 2, "scale_weight_norms": 1,
+                "network_dropout": 0.1, "rank_dropout": 0.2, "module_dropout": 0.3, "dora_wd": true, "wd_on_output": false}"#,
             r#"{"lr_scheduler": "polynomial", "max_train_steps": 9, "lr_scheduler_power": 2.5, "lr_scheduler_args": {"lr_end": 3e-6}}"#,
             r#"{"lr_scheduler": "Inverse_Sqrt", "lr_scheduler_timescale": 12, "lr_warmup_steps": 3, "training_comment": "b"}"#,
             r#"{"lr_scheduler": "warmup_stable_decay", "max_train_steps": 20, "lr_decay_steps": 0.25, "lr_scheduler_num_cycles": 3,
@@ -305,7 +345,7 @@ mod tests {
         for config in varied() {
             written.extend(config.to_json().as_object().unwrap().keys().cloned());
         }
-        for key in KEYS {
+        for key in modules::KEYS.iter().chain(KEYS) {
             assert!(Config::schema().lines().any(|l| l.starts_with(key.name) && l.contains(key.about)));
             assert!(written.iter().any(|name| name == key.name), "{}", key.name);
             written.retain(|name| name != key.name);

@@ -29,16 +29,21 @@ impl Network {
         let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
         let mut broken = Vec::new();
         for module in &self.modules {
-            // Always f32: a rounded alpha would scale the reloaded adapter otherwise than it was trained.
-            let alpha = (module.algorithm.alpha() as f32).to_le_bytes().to_vec();
-            tensors.push((format!("{}.alpha", module.name), Dtype::F32, Vec::new(), alpha));
+            for (slot, number) in module.algorithm.constants() {
+                // Always f32: a rounded alpha would scale the reloaded adapter otherwise than it was trained.
+                let bytes = (number as f32).to_le_bytes().to_vec();
+                tensors.push((format!("{}.{slot}", module.name), Dtype::F32, Vec::new(), bytes));
+            }
             for (parameter, segment) in module.parameters.iter().zip(&params.segments()[module.range.clone()])
             {
-                let values = &values[segment.offset..][..segment.count()];
+                if !parameter.saved {
+                    continue;
+                }
+                let values = segment.values(&values);
                 let mut bytes = vec![0; values.len() * dtype.size()];
-                dtype.write(values, &mut bytes);
+                dtype.write(&values, &mut bytes);
                 let key = format!("{}.{}", module.name, parameter.slot);
-                if !finite(dtype, values, &bytes) {
+                if !finite(dtype, &values, &bytes) {
                     broken.push(key.clone());
                 }
                 tensors.push((key, dtype.dtype(), parameter.shape.clone(), bytes));
@@ -70,12 +75,12 @@ impl Network {
 
     /// What sd-scripts and modelspec would say about this network; every value is text.
     fn metadata(&self, base: Option<&str>) -> BTreeMap<String, String> {
-        let c = &self.config;
+        let (c, options) = (&self.config, &self.config.modules.all);
         let schedule = c.schedule();
         let mut all: BTreeMap<&str, String> = BTreeMap::from([
             ("ss_network_module", "networks.lora".into()),
-            ("ss_network_dim", c.network_dim.to_string()),
-            ("ss_network_alpha", c.network_alpha.to_string()),
+            ("ss_network_dim", options.rule.dim.to_string()),
+            ("ss_network_alpha", options.rule.alpha.to_string()),
             ("ss_learning_rate", schedule.base.to_string()),
             ("ss_lr_scheduler", schedule.scheduler.name().into()),
             ("ss_lr_warmup_steps", schedule.warmup.to_string()),
@@ -89,8 +94,8 @@ impl Network {
             ("modelspec.sai_model_spec", "1.0.1".into()),
             ("modelspec.title", c.output_name.clone().unwrap_or_else(|| "LoRA".into())),
         ]);
-        if self.modules.iter().any(|m| m.weight.iter().skip(2).any(|&k| k != 1)) {
-            let args = json!({"conv_dim": c.conv_dim.to_string(), "conv_alpha": c.conv_alpha.to_string()});
+        if self.modules.iter().any(|m| m.layer.large_kernel()) {
+            let args = json!({"conv_dim": options.conv_dim.to_string(), "conv_alpha": options.conv_alpha.to_string()});
             all.insert("ss_network_args", args.to_string());
         }
         if let Some(name) = &c.output_name {
@@ -136,20 +141,24 @@ impl Network {
                 continue;
             };
             taken += 1;
-            let Some(rank) = source.algorithm.rank() else {
-                let (name, kind, ours) = (&source.name, source.algorithm.name(), module.algorithm.name());
+            let (name, kind, ours) = (&source.name, source.algorithm.name(), module.algorithm.name());
+            let family = |name: &str| name.replace("LoCon", "LoRA");
+            if family(kind) != family(ours) {
                 problems.push(format!("`{name}` is {kind}, this network trains {ours}"));
                 continue;
-            };
-            let alpha = source.algorithm.alpha().map(f64::from);
-            let theirs = alpha.filter(|&a| a != 0.0).unwrap_or(rank as f64);
-            let ours = module.algorithm.alpha();
-            if (theirs - ours).abs() > ALPHA_TOLERANCE * ours.abs() {
-                problems.push(format!("`{}` has alpha {theirs}, this network {ours}", source.name));
             }
             let mut tensors = source.algorithm.tensors();
-            tensors.retain(|(slot, _)| *slot != "alpha");
-            for (index, parameter) in module.range.clone().zip(&module.parameters) {
+            for (slot, ours) in module.algorithm.constants() {
+                let at = tensors.iter().position(|(name, _)| *name == slot);
+                let theirs = at.and_then(|at| tensors.swap_remove(at).1.scalar()).unwrap_or(0.0);
+                // A missing or zero alpha means the rank.
+                let rank = source.algorithm.rank().filter(|_| slot == "alpha" && theirs == 0.0);
+                let theirs = rank.map_or(theirs, |rank| rank as f64);
+                if (theirs - ours).abs() > ALPHA_TOLERANCE * ours.abs() {
+                    problems.push(format!("`{name}` has {slot} {theirs}, this network {ours}"));
+                }
+            }
+            for (index, parameter) in module.range.clone().zip(&module.parameters).filter(|(_, p)| p.saved) {
                 let Some(at) = tensors.iter().position(|(slot, _)| *slot == parameter.slot) else {
                     problems.push(format!("`{}` lacks `{}`", source.name, parameter.slot));
                     continue;

@@ -1,26 +1,38 @@
 //! Start values that depend on (seed, module name, slot, index) and on nothing else: not on torch's generator, on the order in which a
 //! host registers modules, on the device, or on the number of threads.
 
-use crate::algo::Init;
+use crate::algo::training::Init;
 use sha2::{Digest, Sha256};
 
 /// Fills `values` with the start values of one parameter.
-pub(super) fn fill(values: &mut [f32], init: Init, seed: u64, module: &str, slot: &str) {
+pub(super) fn fill(values: &mut [f32], init: &Init, seed: u64, module: &str, slot: &str) {
+    let key = key(seed, module, slot);
     match init {
-        Init::Zeros => values.fill(0.0),
+        Init::Constant(value) => values.fill(*value),
+        Init::Values(given) => values.copy_from_slice(given),
         Init::Uniform { bound } => {
-            let key = key(seed, module, slot);
             for (i, v) in values.iter_mut().enumerate() {
-                // The upper 53 bits, centred: in (-1, 1) and symmetric about 0.
-                let unit = ((mix(key, i as u64) >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
-                *v = ((2.0 * unit - 1.0) * bound) as f32;
+                *v = ((2.0 * unit(key, i as u64) - 1.0) * bound) as f32;
+            }
+        }
+        Init::Normal { deviation } => {
+            // Box and Muller 1958: two uniform numbers make a normal one.
+            for (i, v) in values.iter_mut().enumerate() {
+                let (radius, angle) = (unit(key, 2 * i as u64), unit(key, 2 * i as u64 + 1));
+                let normal = (-2.0 * radius.ln()).sqrt() * (std::f64::consts::TAU * angle).cos();
+                *v = (normal * deviation) as f32;
             }
         }
     }
 }
 
-/// The stream of one parameter. The separators keep ("ab", "c") and ("a", "bc") apart.
-fn key(seed: u64, module: &str, slot: &str) -> u64 {
+/// In (0, 1) and symmetric about 1/2: the upper 53 bits, centred.
+fn unit(key: u64, index: u64) -> f64 {
+    ((mix(key, index) >> 11) as f64 + 0.5) / (1u64 << 53) as f64
+}
+
+/// The stream of one parameter, or of one module's choices. The separators keep ("ab", "c") and ("a", "bc") apart.
+pub(super) fn key(seed: u64, module: &str, slot: &str) -> u64 {
     let digest = Sha256::new()
         .chain_update(seed.to_le_bytes())
         .chain_update(module)
@@ -51,7 +63,7 @@ mod tests {
     #[test]
     fn uniform_has_the_moments_of_a_uniform_distribution() {
         let mut values = vec![0f32; 200_000];
-        fill(&mut values, Init::Uniform { bound: 0.25 }, 7, "module", "slot");
+        fill(&mut values, &Init::Uniform { bound: 0.25 }, 7, "module", "slot");
         let n = values.len() as f64;
         let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
         let variance = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / n;
@@ -62,10 +74,22 @@ mod tests {
     }
 
     #[test]
+    fn normal_has_the_moments_of_a_normal_distribution() {
+        let mut values = vec![0f32; 200_000];
+        fill(&mut values, &Init::Normal { deviation: 0.5 }, 7, "module", "slot");
+        let n = values.len() as f64;
+        let moment = |k| values.iter().map(|&v| f64::from(v).powi(k)).sum::<f64>() / n;
+        // Five standard errors: 0.5 / sqrt(n), 0.25 * sqrt(2 / n), 0.0625 * sqrt(96 / n).
+        assert!(moment(1).abs() < 5.6e-3, "{}", moment(1));
+        assert!((moment(2) - 0.25).abs() < 4e-3, "{}", moment(2));
+        assert!((moment(4) - 3.0 * 0.0625).abs() < 7e-3, "{}", moment(4));
+    }
+
+    #[test]
     fn seed_module_and_slot_each_choose_another_stream() {
         let first = |seed, module, slot| {
             let mut values = [0f32; 4];
-            fill(&mut values, Init::Uniform { bound: 1.0 }, seed, module, slot);
+            fill(&mut values, &Init::Uniform { bound: 1.0 }, seed, module, slot);
             values.map(f32::to_bits)
         };
         let base = first(1, "ab", "c");

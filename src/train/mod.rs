@@ -10,6 +10,7 @@
 pub mod config;
 mod file;
 mod init;
+mod modules;
 pub mod network;
 pub mod optim;
 pub mod params;

@@ -4,10 +4,10 @@ use super::config::Config;
 use super::init;
 use super::optim::{Layout, Optimizer};
 use super::params::{Params, Plan};
-use crate::algo::{lora, Parameter, Trainable};
+use crate::algo::draw::{Draw, Dropout};
+use crate::algo::training::{Form, Layer, Parameter, Pass, Trainable};
 use crate::error::{Error, Result};
-use crate::merge::bypass;
-use crate::merge::bypass::Geometry;
+use crate::merge::bypass::{self, Geometry};
 use std::collections::HashMap;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
@@ -21,13 +21,29 @@ const HOST_PREFIXES: [&str; 3] = ["model.diffusion_model.", "diffusion_model.", 
 pub(super) struct Module {
     /// As in the file.
     pub(super) name: String,
-    /// Shape of the weight.
-    pub(super) weight: Vec<usize>,
-    geometry: Geometry,
+    pub(super) layer: Layer,
     pub(super) algorithm: Box<dyn Trainable>,
     pub(super) parameters: Vec<Parameter>,
     /// Its parameters in the flat store; empty before `build`.
     pub(super) range: Range<usize>,
+    dropout: Dropout,
+    /// Of its random choices.
+    stream: u64,
+    /// Factors of the learning rate: of most parameters, of those that LoRA+ raises.
+    rates: (f64, f64),
+    /// How the layer slides, for the check of shapes; `None` for norms.
+    geometry: Option<Geometry>,
+}
+
+impl Module {
+    /// The factor of a parameter's learning rate.
+    fn rate(&self, parameter: &Parameter) -> f64 {
+        match parameter {
+            p if p.frozen => 0.0,
+            p if p.plus => self.rates.1,
+            _ => self.rates.0,
+        }
+    }
 }
 
 /// What [`Network::step`] did.
@@ -56,6 +72,7 @@ pub struct Network {
     pub(super) micro: u64,
     /// Whether the gradient may be other than zero.
     pub(super) dirty: bool,
+    evaluating: bool,
 }
 
 /// What exists after `build`.
@@ -63,6 +80,8 @@ pub(super) struct Built {
     pub(super) params: Params,
     pub(super) optimizer: Box<dyn Optimizer>,
     device: Device,
+    /// The number of the micro-step, i64, on the device: what random choices depend on. `None` where nothing is left to chance.
+    pub(super) draws: Option<Tensor>,
 }
 
 impl Network {
@@ -76,12 +95,31 @@ impl Network {
             steps: 0,
             micro: 0,
             dirty: false,
+            evaluating: false,
         })
     }
 
-    /// Registers a weight and gives the module's index. `name` is either as in a kohya file (`lora_unet_..`, `lora_te1_..`) or the
-    /// dotted name of a weight or layer of the diffusion model, which becomes `lora_unet_` and the name with underscores.
-    pub fn add_module(&mut self, name: &str, weight_shape: &[usize], geometry: Geometry) -> Result<usize> {
+    /// Registers a Linear layer or convolution; see [`Network::add_layer`].
+    pub fn add_module(
+        &mut self,
+        name: &str,
+        weight_shape: &[usize],
+        geometry: Geometry,
+    ) -> Result<Option<usize>> {
+        let layer = Layer::sliding(name, weight_shape, &geometry, false)?;
+        self.add_layer(layer, Some(geometry), None)
+    }
+
+    /// Registers a layer and gives the module's index, or `None` where the options leave it out. The layer's name is either as in a kohya
+    /// file (`lora_unet_..`, `lora_te1_..`) or the dotted name of a weight or layer of the diffusion model, which becomes `lora_unet_` and
+    /// the name with underscores. `weight` is the layer's own, for algorithms that start from it.
+    pub fn add_layer(
+        &mut self,
+        layer: Layer,
+        geometry: Option<Geometry>,
+        weight: Option<&Tensor>,
+    ) -> Result<Option<usize>> {
+        let name = &layer.name;
         if self.built.is_some() {
             let hint = "register every module before build";
             return Err(train(
@@ -100,16 +138,35 @@ impl Network {
             let what = format!("`{name}` is registered already, as module {other}: `{file_name}` can stand in a file only once");
             return Err(Error::argument(what, "register each weight once"));
         }
-        let c = &self.config;
-        let large_kernel = weight_shape.iter().skip(2).any(|&k| k != 1);
-        let (rank, alpha) =
-            if large_kernel { (c.conv_dim, c.conv_alpha) } else { (c.network_dim, c.network_alpha) };
-        let algorithm: Box<dyn Trainable> =
-            Box::new(lora::Training::new(&file_name, weight_shape, &geometry, rank, alpha)?);
-        let (parameters, weight) = (algorithm.parameters(), weight_shape.to_vec());
-        self.names.insert(file_name.clone(), self.modules.len());
-        self.modules.push(Module { name: file_name, weight, geometry, algorithm, parameters, range: 0..0 });
-        Ok(self.modules.len() - 1)
+        let Some(chosen) = self.config.modules.of([name, &file_name]).choose(&layer) else { return Ok(None) };
+        let weight = weight.map(|w| tch::no_grad(|| w.f_to_kind(Kind::Float))).transpose()?;
+        let algorithm = tch::no_grad(|| (chosen.begin.new)(&layer, &chosen.rule, weight.as_ref()))?;
+        let text_encoder = file_name.starts_with("lora_te");
+        let (rate, plus) = self.config.rates.factors(text_encoder, self.config.schedule().base);
+        let module = Module {
+            parameters: algorithm.parameters(),
+            stream: init::key(self.config.seed, &file_name, "random"),
+            name: file_name.clone(),
+            layer,
+            algorithm,
+            range: 0..0,
+            dropout: chosen.dropout,
+            rates: (rate * chosen.rate, plus * chosen.rate),
+            geometry,
+        };
+        self.names.insert(file_name, self.modules.len());
+        self.modules.push(module);
+        Ok(Some(self.modules.len() - 1))
+    }
+
+    /// Whether a module's forward and backward need the layer's weight.
+    pub fn needs_weight(&self, module: usize) -> Result<bool> {
+        Ok(self.module(module)?.algorithm.needs_weight())
+    }
+
+    /// Leaves nothing to chance in forward and backward from here on, or does so again.
+    pub fn evaluate(&mut self, evaluating: bool) {
+        self.evaluating = evaluating;
     }
 
     /// Number of modules.
@@ -119,8 +176,7 @@ impl Network {
 
     /// Number of trained values; the flat buffers are a little longer, since parameters begin at aligned offsets.
     pub fn parameter_count(&self) -> usize {
-        let counts =
-            self.modules.iter().flat_map(|m| &m.parameters).map(|p| p.shape.iter().product::<usize>());
+        let counts = self.modules.iter().flat_map(|m| &m.parameters).map(Parameter::count);
         counts.fold(0, usize::saturating_add)
     }
 
@@ -141,36 +197,46 @@ impl Network {
         let (mut plan, mut owners, mut ranges) =
             (Plan::new(self.config.optimizer.alignment()), Vec::new(), vec![0..0; self.modules.len()]);
         for index in self.by_name() {
-            let first = owners.len();
-            for parameter in &self.modules[index].parameters {
-                plan.push(&parameter.shape)?;
+            let (first, module) = (owners.len(), &self.modules[index]);
+            for parameter in &module.parameters {
+                plan.push(parameter, module.rate(parameter))?;
                 owners.push((index, parameter));
             }
             ranges[index] = first..owners.len();
         }
+        let groups = plan.place();
         let seed = self.config.seed;
         let params = Params::new(plan, device, self.config.mixed_precision, |i, values| {
             let (module, parameter) = owners[i];
-            init::fill(values, parameter.init, seed, &self.modules[module].name, parameter.slot);
+            init::fill(values, &parameter.init, seed, &self.modules[module].name, parameter.slot);
         })?;
-        let length = params.master().size().iter().product::<i64>() as usize;
         let layout = Layout {
             segments: params.segments().to_vec(),
-            groups: vec![(0..length, 1.0)],
+            groups,
             learning_rate: self.config.schedule().base,
         };
         let optimizer = tch::no_grad(|| self.config.optimizer.build(&layout, params.master()))?;
         self.modules.iter_mut().zip(ranges).for_each(|(module, range)| module.range = range);
-        self.built = Some(Built { params, optimizer, device });
+        let draws = match self.config.modules.random() {
+            false => None,
+            true => Some(Tensor::f_zeros([0i64; 0], (Kind::Int64, device))?),
+        };
+        self.built = Some(Built { params, optimizer, device, draws });
         Ok(())
     }
 
-    /// `y += the module's output for x`, in place; y is rounded once. No graph is recorded.
-    pub fn forward(&self, module: usize, x: &Tensor, y: &Tensor) -> Result<()> {
+    /// `y += the module's output for x`, in place; y is rounded once. No graph is recorded. `weight` is the layer's own, for modules that
+    /// need it.
+    pub fn forward(&self, module: usize, x: &Tensor, weight: Option<&Tensor>, y: &Tensor) -> Result<()> {
         let (built, m) = (self.built()?, self.module(module)?);
         built.check(m, x, y)?;
         tch::no_grad(|| {
-            let delta = m.algorithm.forward(built.params.leaves(m.range.clone()), &built.input(x)?)?;
+            let (weight, draw) = (built.weight(m, weight)?, self.draw(built, m));
+            let pass = built.pass(m, weight.as_ref(), draw.as_ref())?;
+            let mut delta = m.algorithm.forward(&pass, &built.input(x)?)?;
+            if let Some(draw) = &draw {
+                delta = draw.module(delta)?;
+            }
             let _ = y.f_detach()?.f_add_(&delta)?;
             Ok(())
         })
@@ -182,6 +248,7 @@ impl Network {
         &mut self,
         module: usize,
         x: &Tensor,
+        weight: Option<&Tensor>,
         grad_y: &Tensor,
         grad_x: Option<&Tensor>,
     ) -> Result<()> {
@@ -192,8 +259,13 @@ impl Network {
         }
         let range = m.range.clone();
         let gradients = tch::no_grad(|| {
-            let (x, grad_y) = (built.input(x)?, built.input(grad_y)?);
-            m.algorithm.backward(built.params.leaves(range.clone()), &x, &grad_y, grad_x.is_some())
+            let (x, mut grad_y) = (built.input(x)?, built.input(grad_y)?);
+            let (weight, draw) = (built.weight(m, weight)?, self.draw(built, m));
+            if let Some(draw) = &draw {
+                grad_y = draw.module(grad_y)?;
+            }
+            let pass = built.pass(m, weight.as_ref(), draw.as_ref())?;
+            m.algorithm.backward(&pass, &x, &grad_y, grad_x.is_some())
         })?;
         tch::no_grad(|| {
             if let (Some(to), Some(gradient)) = (grad_x, &gradients.input) {
@@ -201,8 +273,15 @@ impl Network {
             }
             self.dirty = true;
             let params = &mut self.built_mut()?.params;
-            range.zip(&gradients.parameters).try_for_each(|(i, gradient)| params.accumulate(i, gradient))
+            let own = range.zip(&gradients.parameters).filter_map(|(i, g)| Some((i, g.as_ref()?)));
+            own.into_iter().try_for_each(|(i, gradient)| params.accumulate(i, gradient))
         })
+    }
+
+    /// A module's random choices in this micro-step.
+    fn draw(&self, built: &Built, module: &Module) -> Option<Draw> {
+        let draws = built.draws.as_ref().filter(|_| !self.evaluating)?;
+        Some(Draw::new(draws, module.stream, module.dropout))
     }
 
     /// Ends a micro-batch. Every `gradient_accumulation_steps` calls it averages and clips the gradient, updates the parameters and
@@ -214,6 +293,9 @@ impl Network {
         let (steps, micro) = (self.steps, self.micro);
         let learning_rate = self.config.schedule().learning_rate(steps);
         let built = self.built_mut()?;
+        if let Some(draws) = &built.draws {
+            let _ = tch::no_grad(|| draws.shallow_clone().f_add_scalar_(1))?;
+        }
         if micro + 1 < every {
             self.micro += 1;
             return Ok(Step { step: steps, learning_rate, grad_norm: 0.0, updated: false });
@@ -250,7 +332,9 @@ impl Network {
 
     /// Makes forward and backward see what the host wrote into [`Network::parameters`].
     pub fn refresh(&mut self) -> Result<()> {
-        self.built_mut()?.params.refresh()
+        let params = &mut self.built_mut()?.params;
+        params.mend()?;
+        params.refresh()
     }
 
     /// Updates done so far, and calls of `step` since the last one (in the middle of an accumulation).
@@ -297,25 +381,67 @@ impl Network {
 }
 
 impl Built {
+    /// What a module computes from.
+    fn pass<'a>(
+        &'a self,
+        m: &'a Module,
+        weight: Option<&'a Tensor>,
+        draw: Option<&'a Draw>,
+    ) -> Result<Pass<'a>> {
+        let (parameters, compute) = (self.params.leaves(m.range.clone()), self.params.compute()?);
+        Ok(Pass { layer: &m.layer, parameters, weight, draw, compute })
+    }
+
+    /// The layer's own weight in the compute dtype, if the module needs it.
+    fn weight(&self, m: &Module, weight: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let Some(weight) = weight.filter(|_| m.algorithm.needs_weight()) else { return Ok(None) };
+        let shape: Vec<usize> = weight.size().into_iter().map(|d| d as usize).collect();
+        if shape != m.layer.weight {
+            return Err(Error::Shape {
+                tensor: m.name.clone(),
+                what: "the layer's weight has another shape than at its registration".into(),
+                expected: m.layer.weight.clone(),
+                got: shape,
+            });
+        }
+        self.placed(m, weight)?;
+        self.input(weight).map(Some)
+    }
+
     /// Shapes, dtypes and devices of a layer's input and output (or of their gradients).
     fn check(&self, module: &Module, x: &Tensor, y: &Tensor) -> Result<()> {
         let shape = |t: &Tensor| t.size().into_iter().map(|d| d as usize).collect::<Vec<_>>();
-        bypass::Layout::check(&module.name, &module.weight, &module.geometry, &shape(x), &shape(y))?;
-        for tensor in [x, y] {
-            let kind = tensor.f_kind()?;
-            if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16) {
-                let (tensor, got) = (module.name.clone(), format!("{kind:?}"));
-                return Err(Error::Dtype { tensor, got, supported: "F32, F16, BF16" });
+        let (xs, ys) = (shape(x), shape(y));
+        match (&module.geometry, &module.layer.form) {
+            (Some(geometry), _) => {
+                bypass::Layout::check(&module.name, &module.layer.weight, geometry, &xs, &ys)?;
             }
-            if tensor.device() != self.device {
-                let what = format!(
-                    "`{}`: a tensor is on {:?}, the network on {:?}",
-                    module.name,
-                    tensor.device(),
-                    self.device
-                );
-                return Err(Error::Device { what, hint: "build the network on the model's device".into() });
+            (None, form) => {
+                let weight = &module.layer.weight;
+                let fits = match form {
+                    Form::GroupNorm { .. } => xs.len() >= 2 && xs[1..2] == weight[..],
+                    _ => xs.ends_with(weight),
+                };
+                if !fits || xs != ys {
+                    let what = format!("input of a norm of {weight:?} beside its output");
+                    return Err(Error::Shape { tensor: module.name.clone(), what, expected: xs, got: ys });
+                }
             }
+        }
+        [x, y].into_iter().try_for_each(|tensor| self.placed(module, tensor))
+    }
+
+    /// Dtype and device of a tensor of the host.
+    fn placed(&self, module: &Module, tensor: &Tensor) -> Result<()> {
+        let kind = tensor.f_kind()?;
+        if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16) {
+            let (tensor, got) = (module.name.clone(), format!("{kind:?}"));
+            return Err(Error::Dtype { tensor, got, supported: "F32, F16, BF16" });
+        }
+        if tensor.device() != self.device {
+            let (name, device) = (&module.name, tensor.device());
+            let what = format!("`{name}`: a tensor is on {device:?}, the network on {:?}", self.device);
+            return Err(Error::Device { what, hint: "build the network on the model's device".into() });
         }
         Ok(())
     }

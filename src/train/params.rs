@@ -1,7 +1,9 @@
 //! The flat store: one fp32 master, one fp32 gradient and, when the compute dtype is another, one working copy. Modules are views by offset.
 
+use crate::algo::training::{long, Parameter};
 use crate::dtype::{element_count, Float};
 use crate::error::{Error, Result};
+use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 /// Every parameter begins at a multiple of so many elements: 128 bytes in 16 bits, what the fastest matrix products and copies ask for.
@@ -14,19 +16,69 @@ const ROW: usize = 1024;
 pub struct Segment {
     /// First element.
     pub offset: usize,
-    /// Shape; its product is the number of elements.
+    /// Shape of its values.
     pub shape: Vec<usize>,
+    /// Shape that it has in the buffers, row-major: `shape`, or longer along some axes by zeros at the end.
+    pub stored: Vec<usize>,
 }
 
 impl Segment {
-    /// Number of elements.
+    /// Number of elements that it takes.
     pub fn count(&self) -> usize {
-        self.shape.iter().product()
+        self.stored.iter().product()
     }
 
-    /// The parameter in a flat tensor.
+    /// What it takes of a flat tensor, in the stored shape.
+    pub fn whole(&self, flat: &Tensor) -> Result<Tensor> {
+        Ok(flat.f_narrow(0, self.offset as i64, self.count() as i64)?.f_view_(long(&self.stored))?)
+    }
+
+    /// Its values in a flat tensor, a view.
     pub fn view(&self, flat: &Tensor) -> Result<Tensor> {
-        Ok(flat.f_narrow(0, self.offset as i64, self.count() as i64)?.f_view_(long(&self.shape))?)
+        let mut view = self.whole(flat)?;
+        for (axis, (&size, &stored)) in self.shape.iter().zip(&self.stored).enumerate() {
+            if size != stored {
+                view = view.f_narrow(axis as i64, 0, size as i64)?;
+            }
+        }
+        Ok(view)
+    }
+
+    /// Its values in a flat buffer of the host, without the zeros.
+    pub fn values(&self, flat: &[f32]) -> Vec<f32> {
+        let taken = &flat[self.offset..][..self.count()];
+        let mut values = Vec::with_capacity(self.shape.iter().product());
+        for (start, length) in self.rows() {
+            values.extend_from_slice(&taken[start..][..length]);
+        }
+        values
+    }
+
+    /// Puts values without zeros where they belong in what it takes of a buffer.
+    pub fn place(&self, values: &[f32], taken: &mut [f32]) {
+        for ((start, length), row) in self.rows().zip(values.chunks(self.row())) {
+            taken[start..][..length].copy_from_slice(row);
+        }
+    }
+
+    /// Length of a row of values.
+    fn row(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1).max(1)
+    }
+
+    /// (start within what it takes, length) of every row of values.
+    fn rows(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        let outer = self.shape.len().saturating_sub(1);
+        let count: usize = self.shape[..outer].iter().product();
+        (0..count).map(move |row| {
+            let (mut left, mut start, mut step) = (row, 0, self.stored.last().copied().unwrap_or(1));
+            for axis in (0..outer).rev() {
+                start += left % self.shape[axis] * step;
+                left /= self.shape[axis];
+                step *= self.stored[axis];
+            }
+            (start, self.row())
+        })
     }
 }
 
@@ -34,27 +86,65 @@ impl Segment {
 #[derive(Debug)]
 pub struct Plan {
     segments: Vec<Segment>,
+    uses: Vec<Use>,
     end: usize,
     align: usize,
+}
+
+/// How forward, backward and the optimizer take a parameter.
+#[derive(Clone, Copy, Debug)]
+struct Use {
+    precise: bool,
+    frozen: bool,
+    rate: f64,
 }
 
 impl Plan {
     /// Of no parameters yet; each will begin at a multiple of [`ALIGN`] or, if that is more, of `align`, a power of two up to [`ROW`].
     pub fn new(align: usize) -> Self {
-        Plan { segments: Vec::new(), end: 0, align: align.max(ALIGN) }
+        Plan { segments: Vec::new(), uses: Vec::new(), end: 0, align: align.max(ALIGN) }
     }
 
-    /// Places a parameter behind the others and gives its index.
-    pub fn push(&mut self, shape: &[usize]) -> Result<usize> {
-        let end = element_count(shape)
+    /// Adds a parameter, whose learning rate has a factor, and gives its index.
+    pub fn push(&mut self, parameter: &Parameter, rate: f64) -> Result<usize> {
+        let (shape, stored) = (&parameter.shape, &parameter.stored);
+        self.end = element_count(stored)
             .and_then(|n| n.checked_next_multiple_of(self.align)?.checked_add(self.end))
             .filter(|&end| end < i64::MAX as usize / 8)
             .ok_or_else(|| {
                 Error::argument(format!("a parameter of shape {shape:?} is beyond any memory"), "")
             })?;
-        self.segments.push(Segment { offset: self.end, shape: shape.to_vec() });
-        self.end = end;
+        self.segments.push(Segment { offset: 0, shape: shape.clone(), stored: stored.clone() });
+        self.uses.push(Use { precise: parameter.precise, frozen: parameter.frozen, rate });
         Ok(self.segments.len() - 1)
+    }
+
+    /// Places the parameters, those of one learning rate side by side; gives the ranges of each rate with it.
+    pub fn place(&mut self) -> Vec<(Range<usize>, f64)> {
+        let mut groups: Vec<(Range<usize>, f64)> = Vec::new();
+        for used in &self.uses {
+            if groups.iter().all(|(_, rate)| *rate != used.rate) {
+                groups.push((0..0, used.rate));
+            }
+        }
+        let mut end = 0;
+        for (range, rate) in &mut groups {
+            range.start = end;
+            for (segment, _) in self.segments.iter_mut().zip(&self.uses).filter(|(_, u)| u.rate == *rate) {
+                segment.offset = end;
+                end += segment.count().next_multiple_of(self.align);
+            }
+            range.end = end;
+        }
+        if let Some((last, _)) = groups.last_mut() {
+            last.end = self.length();
+        }
+        groups
+    }
+
+    /// Length of the buffers.
+    fn length(&self) -> usize {
+        self.end.next_multiple_of(ROW).max(ROW)
     }
 }
 
@@ -65,25 +155,28 @@ pub struct Params {
     gradient: Tensor,
     working: Option<Tensor>,
     leaves: Vec<Tensor>,
+    exact: Vec<Tensor>,
     gradients: Vec<Tensor>,
 }
 
 impl Params {
-    /// Allocates and fills the buffers; `fill` writes the start values of a parameter. Padding is zero and stays zero.
+    /// Allocates and fills the buffers; `fill` writes the start values of a parameter, row-major in its own shape. Padding is zero and stays zero.
     pub fn new(
         plan: Plan,
         device: Device,
         compute: Float,
         mut fill: impl FnMut(usize, &mut [f32]),
     ) -> Result<Self> {
-        let length = plan.end.next_multiple_of(ROW).max(ROW);
+        let length = plan.length();
         let mut values = Vec::new();
         values
             .try_reserve_exact(length)
             .map_err(|_| Error::Backend(format!("no memory for {length} parameters")))?;
         values.resize(length, 0f32);
         for (i, segment) in plan.segments.iter().enumerate() {
-            fill(i, &mut values[segment.offset..][..segment.count()]);
+            let mut own = vec![0f32; segment.shape.iter().product()];
+            fill(i, &mut own);
+            segment.place(&own, &mut values[segment.offset..][..segment.count()]);
         }
         tch::no_grad(|| {
             let master = Tensor::f_from_slice(&values)?.f_to_device(device)?;
@@ -94,12 +187,15 @@ impl Params {
             };
             let flat = working.as_ref().unwrap_or(&master);
             let mut leaves = Vec::with_capacity(plan.segments.len());
-            let mut gradients = Vec::with_capacity(plan.segments.len());
-            for segment in &plan.segments {
-                leaves.push(segment.view(flat)?.f_detach()?.f_set_requires_grad(true)?);
-                gradients.push(segment.view(&gradient)?);
+            let (mut exact, mut gradients) = (Vec::new(), Vec::new());
+            for (segment, used) in plan.segments.iter().zip(&plan.uses) {
+                let from = if used.precise { &master } else { flat };
+                leaves.push(segment.whole(from)?.f_detach()?.f_set_requires_grad(!used.frozen)?);
+                exact.push(segment.whole(&master)?);
+                gradients.push(segment.whole(&gradient)?);
             }
-            let params = Params { segments: plan.segments, master, gradient, working, leaves, gradients };
+            let params =
+                Params { segments: plan.segments, master, gradient, working, leaves, exact, gradients };
             params.settle()?;
             Ok(params)
         })
@@ -120,12 +216,17 @@ impl Params {
         &self.gradient
     }
 
-    /// Views of the values in the compute dtype, as leaves of an autograd graph.
-    pub fn leaves(&self, range: std::ops::Range<usize>) -> &[Tensor] {
+    /// Views of the values in their stored shapes, as leaves of an autograd graph: in the compute dtype, precise ones in fp32.
+    pub fn leaves(&self, range: Range<usize>) -> &[Tensor] {
         &self.leaves[range]
     }
 
-    /// The dtype of the leaves.
+    /// Views of the fp32 values in their stored shapes.
+    pub fn exact(&self, range: Range<usize>) -> &[Tensor] {
+        &self.exact[range]
+    }
+
+    /// The compute dtype.
     pub fn compute(&self) -> Result<Kind> {
         Ok(self.working.as_ref().unwrap_or(&self.master).f_kind()?)
     }
@@ -149,6 +250,25 @@ impl Params {
         Ok(())
     }
 
+    /// Zeros what lies behind the values of parameters that are stored longer than they are; a host that writes the flat buffer may have
+    /// overwritten it.
+    pub fn mend(&mut self) -> Result<()> {
+        tch::no_grad(|| {
+            for segment in &self.segments {
+                for (axis, (&size, &stored)) in segment.shape.iter().zip(&segment.stored).enumerate() {
+                    if size != stored {
+                        let rest = (stored - size) as i64;
+                        let _ = segment
+                            .whole(&self.master)?
+                            .f_narrow(axis as i64, size as i64, rest)?
+                            .f_zero_()?;
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// Waits until the calling thread's stream has written the buffers: the host may go on with them on another stream.
     pub fn settle(&self) -> Result<()> {
         let last = self.working.as_ref().unwrap_or(&self.gradient);
@@ -160,10 +280,10 @@ impl Params {
     pub fn set(&mut self, index: usize, values: &[f32]) -> Result<()> {
         let segment = &self.segments[index];
         tch::no_grad(|| {
-            let mut flat = self.master.f_narrow(0, segment.offset as i64, segment.count() as i64)?;
-            flat.f_copy_(&Tensor::f_from_slice(values)?)
-        })?;
-        Ok(())
+            let given = Tensor::f_from_slice(values)?.f_reshape(long(&segment.shape))?;
+            segment.view(&self.master)?.f_copy_(&given)?;
+            Ok(())
+        })
     }
 
     /// Sets the gradient to zero.
@@ -201,19 +321,20 @@ pub fn kind(float: Float) -> Kind {
     }
 }
 
-/// libtorch counts in i64. No dimension of an existing tensor exceeds it.
-pub fn long(shape: &[usize]) -> Vec<i64> {
-    shape.iter().map(|&d| d as i64).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::algo::training::Init;
+
+    fn parameter(shape: &[usize]) -> Parameter {
+        Parameter::new("slot", shape, Init::ZEROS)
+    }
 
     fn params(compute: Float) -> Params {
         let mut plan = Plan::new(1);
-        plan.push(&[3, 5]).unwrap();
-        plan.push(&[7]).unwrap();
+        plan.push(&parameter(&[3, 5]), 1.0).unwrap();
+        plan.push(&parameter(&[7]), 1.0).unwrap();
+        assert_eq!(plan.place(), [(0..1024, 1.0)]);
         Params::new(plan, Device::Cpu, compute, |i, v| v.fill(1.0 + i as f32 / 512.0)).unwrap()
     }
 
@@ -245,8 +366,43 @@ mod tests {
     }
 
     #[test]
+    fn a_rank_is_stored_with_zeros_behind_it() {
+        let mut plan = Plan::new(1);
+        let values: Vec<f32> = (1..=30).map(|v| v as f32).collect();
+        let middle = parameter(&[2, 3, 5]).ranked(1);
+        assert_eq!(middle.stored, [2, 8, 5]);
+        plan.push(&middle, 1.0).unwrap();
+        plan.push(&parameter(&[5, 6]).ranked(1), 1.0).unwrap();
+        plan.place();
+        let fill = |_: usize, v: &mut [f32]| v.copy_from_slice(&values);
+        let mut p = Params::new(plan, Device::Cpu, Float::F32, fill).unwrap();
+        let flat = to_host(p.master()).unwrap();
+        assert_eq!(flat[..20], [&values[..15], &[0.0; 5]].concat());
+        assert_eq!(flat[128..136], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0, 0.0]);
+        for (i, segment) in p.segments().to_vec().iter().enumerate() {
+            assert_eq!(segment.values(&flat), values);
+            let view = segment.view(p.master()).unwrap();
+            assert_eq!(Vec::<f32>::try_from(view.reshape([-1])).unwrap(), values);
+            p.set(i, &values.iter().map(|v| v * 2.0).collect::<Vec<_>>()).unwrap();
+        }
+        let twice = to_host(p.master()).unwrap();
+        assert!(flat.iter().zip(twice).all(|(a, b)| 2.0 * a == b));
+    }
+
+    #[test]
+    fn parameters_of_one_rate_lie_side_by_side() {
+        let mut plan = Plan::new(1);
+        for rate in [1.0, 0.5, 1.0, 0.0, 0.5] {
+            plan.push(&parameter(&[100]), rate).unwrap();
+        }
+        assert_eq!(plan.place(), [(0..256, 1.0), (256..512, 0.5), (512..1024, 0.0)]);
+        let offsets: Vec<usize> = plan.segments.iter().map(|s| s.offset).collect();
+        assert_eq!(offsets, [0, 256, 128, 512, 384]);
+    }
+
+    #[test]
     fn impossible_sizes_are_refused() {
-        assert!(Plan::new(1).push(&[usize::MAX / 2, 3]).is_err());
-        assert!(Plan::new(1).push(&[usize::MAX - 3]).is_err());
+        assert!(Plan::new(1).push(&parameter(&[usize::MAX / 2, 3]), 1.0).is_err());
+        assert!(Plan::new(1).push(&parameter(&[usize::MAX - 3]), 1.0).is_err());
     }
 }

@@ -8,7 +8,7 @@ pub struct Reader<'a> {
     /// The object.
     pub map: &'a Map<String, Value>,
     /// What stands before its keys in a message.
-    pub prefix: &'static str,
+    pub prefix: &'a str,
     /// What is wrong so far.
     pub problems: &'a mut Vec<String>,
 }
@@ -49,6 +49,25 @@ impl<'a> Reader<'a> {
             self.wrong(name, value, &format!("a whole number, {range}"));
         }
         number
+    }
+
+    /// A share of something, from 0 to below 1.
+    pub fn below_one(&mut self, name: &str) -> Option<f64> {
+        let value = self.get(name)?;
+        let share = value.as_f64().filter(|share| (0.0..1.0).contains(share));
+        if share.is_none() {
+            self.wrong(name, value, "a number from 0 to below 1");
+        }
+        share
+    }
+
+    /// True or false.
+    pub fn flag(&mut self, name: &str) -> Option<bool> {
+        let value = self.get(name)?;
+        if !value.is_boolean() {
+            self.wrong(name, value, "true or false");
+        }
+        value.as_bool()
     }
 
     /// A text.

@@ -123,6 +123,7 @@ impl Network {
         let built = self.built()?;
         let mut tensors = vec![("master", built.params.master())];
         tensors.extend(built.optimizer.state());
+        tensors.extend(built.draws.as_ref().map(|draws| ("draws", draws)));
         if with_gradient {
             tensors.push(("gradient", built.params.gradient()));
         }
@@ -136,8 +137,16 @@ impl Network {
             let m = &self.modules[index];
             let shapes: Map<_, _> =
                 m.parameters.iter().map(|p| (p.slot.to_owned(), json!(p.shape))).collect();
+            let segments = self.built.as_ref().map_or(&[][..], |b| &b.params.segments()[m.range.clone()]);
+            let offsets: Vec<usize> = segments.iter().map(|s| s.offset).collect();
+            let constants: Map<_, _> = m
+                .algorithm
+                .constants()
+                .into_iter()
+                .map(|(slot, value)| (slot.to_owned(), json!(value)))
+                .collect();
             let entry = json!({
-                "algorithm": m.algorithm.name(), "weight": m.weight, "alpha": m.algorithm.alpha(), "parameters": shapes,
+                "algorithm": m.algorithm.name(), "weight": m.layer.weight, "constants": constants, "parameters": shapes, "offsets": offsets,
             });
             table.insert(m.name.clone(), entry);
         }
@@ -151,6 +160,7 @@ fn dtype(tensor: &Tensor) -> Result<Dtype> {
         Kind::Float => Ok(Dtype::F32),
         Kind::Double => Ok(Dtype::F64),
         Kind::Uint8 => Ok(Dtype::U8),
+        Kind::Int64 => Ok(Dtype::I64),
         other => Err(Error::Backend(format!("no state file can hold {other:?}"))),
     }
 }
@@ -174,7 +184,7 @@ fn difference(file: &Value, network: &Value) -> Option<String> {
     }
     ours.iter().find_map(|(name, ours)| {
         let theirs = &theirs[name];
-        let fields = ["algorithm", "weight", "alpha", "parameters"];
+        let fields = ["algorithm", "weight", "constants", "parameters", "offsets"];
         let field = fields.into_iter().find(|&f| theirs.get(f) != ours.get(f))?;
         Some(format!(
             "`{name}` has {field} {} in the file, {} here",

@@ -47,10 +47,10 @@ fn micro_step(network: &mut Network, t: u64) -> f64 {
     for module in 0..network.modules() {
         let (x, target) = input(module, t);
         let y = target.zeros_like();
-        network.forward(module, &x, &y).unwrap();
+        network.forward(module, &x, None, &y).unwrap();
         let error = &y - &target;
         loss += error.square().sum(Kind::Double).double_value(&[]);
-        network.backward(module, &x, &(error * 2.0), None).unwrap();
+        network.backward(module, &x, None, &(error * 2.0), None).unwrap();
     }
     network.step().unwrap();
     loss
@@ -102,7 +102,7 @@ fn a_state_between_backward_and_step_keeps_its_gradient() {
     let file = folder.path().join("state.safetensors");
     let mut first = network("{}");
     let (x, grad) = input(0, 1);
-    first.backward(0, &x, &grad, None).unwrap();
+    first.backward(0, &x, None, &grad, None).unwrap();
     first.save_state(&file).unwrap();
     let mut second = network("{}");
     second.load_state(&file).unwrap();
@@ -128,7 +128,7 @@ fn the_state_of_another_network_is_refused_in_words() {
         "{rank}"
     );
     let alpha = refusal(&RUN.replace("\"network_alpha\": 2", "\"network_alpha\": 1"));
-    assert!(alpha.contains("has alpha 2.0 in the file, 1.0 here"), "{alpha}");
+    assert!(alpha.contains("has constants {\"alpha\":2.0} in the file, {\"alpha\":1.0} here"), "{alpha}");
     let mut smaller = Network::new(Config::parse(RUN).unwrap()).unwrap();
     smaller.add_module("b.linear", &[5, 6], Geometry::default()).unwrap();
     smaller.build(Device::Cpu).unwrap();
@@ -152,10 +152,10 @@ fn accumulation_averages_and_reports_updates() {
     let (mut once, mut thrice) =
         (network(plain), network(&plain.replace('}', r#", "gradient_accumulation_steps": 3}"#)));
     let (x, grad) = input(0, 4);
-    once.backward(0, &x, &grad, None).unwrap();
+    once.backward(0, &x, None, &grad, None).unwrap();
     let want = once.step().unwrap();
     for i in 0..3 {
-        thrice.backward(0, &x, &(&grad * f64::from(i)), None).unwrap();
+        thrice.backward(0, &x, None, &(&grad * f64::from(i)), None).unwrap();
         let step = thrice.step().unwrap();
         assert_eq!((step.updated, step.step), (i == 2, u64::from(i == 2)));
         if step.updated {
@@ -179,7 +179,7 @@ fn clipping_bounds_the_norm_that_the_optimizer_sees() {
         let mut network = network(&options(norm));
         let before = network.parameters().unwrap().copy();
         let (x, grad) = input(0, 4);
-        network.backward(0, &x, &grad, None).unwrap();
+        network.backward(0, &x, None, &grad, None).unwrap();
         let got = network.step().unwrap().grad_norm;
         (got, (network.parameters().unwrap() - before).norm().double_value(&[]) * 1e6)
     };
@@ -196,7 +196,7 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
     let mut network = network("{}");
     micro_step(&mut network, 0);
     let (before, (x, grad)) = (bits(&network), input(0, 1));
-    network.backward(0, &x, &(&grad * f64::NAN), None).unwrap();
+    network.backward(0, &x, None, &(&grad * f64::NAN), None).unwrap();
     for _ in 0..2 {
         let error = network.step().unwrap_err();
         assert!(matches!(error, Error::Train { .. }) && error.to_string().contains("step 2"), "{error}");
@@ -204,7 +204,7 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
     }
     assert_eq!(bits(&network), before);
     network.zero_gradients().unwrap();
-    network.backward(0, &x, &grad, None).unwrap();
+    network.backward(0, &x, None, &grad, None).unwrap();
     assert_eq!(network.step().unwrap().step, 2);
 }
 
@@ -325,16 +325,16 @@ fn wrong_calls_are_errors() {
     );
     assert!(open.build(Device::Cpu).is_err(), "and then too many");
     let x = wave(&[2, 4], 0.0);
-    assert!(open.forward(0, &x, &x).is_err(), "not built");
+    assert!(open.forward(0, &x, None, &x).is_err(), "not built");
 
     let mut built = network("{}");
     assert!(built.add_module("late", &[4, 4], Geometry::default()).is_err());
     assert!(built.build(Device::Cpu).is_err());
     let (x, y) = input(0, 0);
-    assert!(built.forward(7, &x, &y).is_err());
-    assert!(matches!(built.forward(0, &x, &x).unwrap_err(), Error::Shape { .. }));
-    assert!(matches!(built.forward(0, &x.to_kind(Kind::Double), &y).unwrap_err(), Error::Dtype { .. }));
-    assert!(built.backward(0, &x, &y, Some(&y)).is_err());
+    assert!(built.forward(7, &x, None, &y).is_err());
+    assert!(matches!(built.forward(0, &x, None, &x).unwrap_err(), Error::Shape { .. }));
+    assert!(matches!(built.forward(0, &x.to_kind(Kind::Double), None, &y).unwrap_err(), Error::Dtype { .. }));
+    assert!(built.backward(0, &x, None, &y, Some(&y)).is_err());
 }
 
 #[test]
@@ -350,14 +350,14 @@ fn tensors_of_a_host_may_have_another_dtype() {
             let (exact_x, exact_y) = (x.detach().to_kind(Kind::Float), y.to_kind(Kind::Float));
             let (exact_out, exact_grad_x) = (exact_y.copy(), exact_x.zeros_like());
             network.zero_gradients().unwrap();
-            network.forward(module, &exact_x, &exact_out).unwrap();
-            network.backward(module, &exact_x, &exact_y, Some(&exact_grad_x)).unwrap();
+            network.forward(module, &exact_x, None, &exact_out).unwrap();
+            network.backward(module, &exact_x, None, &exact_y, Some(&exact_grad_x)).unwrap();
             let exact_gradient = network.gradients().unwrap().copy();
             let (out, grad_x) = (y.copy(), x.detach().zeros_like());
             network.zero_gradients().unwrap();
             // The host records its own graph, or none, around the calls.
-            tch::with_grad(|| network.forward(module, &x, &out)).unwrap();
-            tch::no_grad(|| network.backward(module, &x, &y, Some(&grad_x))).unwrap();
+            tch::with_grad(|| network.forward(module, &x, None, &out)).unwrap();
+            tch::no_grad(|| network.backward(module, &x, None, &y, Some(&grad_x))).unwrap();
             assert!(!out.requires_grad() && !x.grad().defined(), "the host's graph is left alone");
             let close = |got: &Tensor, want: &Tensor, tolerance: f64| {
                 let scale = want.abs().max().double_value(&[]);

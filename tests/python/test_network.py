@@ -69,6 +69,7 @@ def reference(model, factors, x):
 def start_from_noise(network):
     """Fresh factors have up = 0, which hides half of the gradients."""
     network.parameters.copy_(torch.randn(network.parameters.shape, generator=torch.Generator().manual_seed(9)) * 0.2)
+    network.refresh()
 
 
 @pytest.mark.parametrize("input_needs_grad", [False, True])

@@ -10,8 +10,8 @@
 //! A parameter of one axis keeps every mean.
 
 use super::{add_scaled, Layout};
+use crate::algo::training::long;
 use crate::error::Result;
-use crate::train::params::long;
 use tch::{Kind, Tensor};
 
 /// The means of all parameters, those of a kind in one flat tensor.

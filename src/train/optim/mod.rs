@@ -91,7 +91,7 @@ impl Layout {
     fn of(shapes: &[&[usize]], length: usize) -> Layout {
         let mut offset = 0;
         let mut place = |shape: &&[usize]| {
-            let segment = Segment { offset, shape: shape.to_vec() };
+            let segment = Segment { offset, shape: shape.to_vec(), stored: shape.to_vec() };
             offset += segment.count();
             segment
         };

@@ -66,6 +66,7 @@ def fill(network: lycore.Network, noise: float) -> None:
     if noise:
         generator = torch.Generator().manual_seed(77)
         network.parameters.copy_(noise * torch.randn(network.parameters.shape, generator=generator))
+        network.refresh()
 
 
 def key_of(layer: str, factor: str) -> str:
