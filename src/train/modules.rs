@@ -204,8 +204,6 @@ pub(super) struct Modules {
     pub(super) all: ModuleOptions,
     /// (pattern, options), the pattern that says most first.
     some: Vec<(String, ModuleOptions)>,
-    /// As it was given.
-    map: Map<String, Value>,
 }
 
 /// The object of changes by pattern.
@@ -238,7 +236,7 @@ impl Modules {
         }
         // The longest pattern says most; of equal ones the first in the alphabet.
         some.sort_by(|a, b| b.0.len().cmp(&a.0.len()).then_with(|| a.0.cmp(&b.0)));
-        Modules { all, some, map }
+        Modules { all, some }
     }
 
     /// The options of a module by its names, the host's and the file's.
@@ -255,6 +253,13 @@ impl Modules {
 
     pub(super) fn write(&self, json: &mut Map<String, Value>) {
         self.all.write(json);
-        json.insert(MAP.into(), Value::Object(self.map.clone()));
+        // Complete, so that nothing follows from `all` a second time.
+        let complete = |options: &ModuleOptions| {
+            let mut json = Map::new();
+            options.write(&mut json);
+            Value::Object(json)
+        };
+        let map = self.some.iter().map(|(pattern, options)| (pattern.clone(), complete(options)));
+        json.insert(MAP.into(), Value::Object(map.collect()));
     }
 }
