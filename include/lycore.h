@@ -747,6 +747,18 @@ lycore_status lycore_network_new(const char *config,
 // `text` may be written. `error` is NULL or may be written.
 lycore_status lycore_network_schema(char **text, struct lycore_error **error);
 
+// The qualified name, "namespace::module", of an operator of libtorch, for hosts that have libtorch's graph:
+// `module(Tensor anchor, Tensor x, Tensor base, Tensor? weight, int network, int index, int axes, bool fresh) -> Tensor` gives
+// base + what module `index` adds for x, and calls lycore_network_backward's work in the graph's backward. `anchor` is any tensor that requires a
+// gradient; `base` is the layer's output; `weight` as in lycore_network_forward; `network` the lycore_network's address, alive until backward;
+// `axes` the number of a convolution's spatial axes, else 0; `fresh` whether nobody else reads base, so that the result may take its memory.
+// `text` is freed with lycore_text_free.
+//
+// # Safety
+// `text` may be written. `error` is NULL or may be written.
+lycore_status lycore_network_operator(char **text,
+                                      struct lycore_error **error);
+
 // Adds a module for a layer; its number goes to `index`: LYCORE_NO_MODULE where the config leaves the layer out. `name` is the layer's dotted
 // path or a name as it shall stand in the file. Not after lycore_network_build.
 //

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import byref, c_int64, pointer, sizeof
+from ctypes import c_int64, c_void_p, pointer, sizeof
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
+from . import errors
 from ._binding import (
     LYCORE_LAYER_GROUP_NORM,
     LYCORE_LAYER_LAYER_NORM,
@@ -21,6 +21,7 @@ from .stack import geometry_of
 from .tensor import Descriptor
 
 if TYPE_CHECKING:
+    from ._library import Library
     from .network import Network
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -31,86 +32,35 @@ _FRESH = {nn.Linear, *_CONVOLUTIONS, *_NORMS}
 _NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
-class _Delta(torch.autograd.Function):
-    """`y = base + module(x)`. The anchor needs a gradient, so that backward runs also when neither x nor base does."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: torch.Tensor,
-        x: torch.Tensor,
-        base: torch.Tensor,
-        network: Network,
-        index: int,
-        fresh: bool,
-        batched: bool,
-        weight: torch.Tensor | None,
-    ) -> torch.Tensor:
-        x = x.contiguous()
-        in_place = fresh and base.is_contiguous() and not base._is_view() and not (base.is_leaf and base.requires_grad)
-        y = base if in_place else base.clone(memory_format=torch.contiguous_format)
-        ctx.network, ctx.index, ctx.batched, ctx.weight = network, index, batched, weight
-        ctx.save_for_backward(x)
-        if in_place:
-            ctx.mark_dirty(base)
-        _call(network, "lycore_network_forward", index, batched, weight, x, None, y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        grad_y = grad_y if grad_y.is_contiguous() else grad_y.contiguous()
-        _call(ctx.network, "lycore_network_backward", ctx.index, ctx.batched, ctx.weight, x, None, grad_y, grad_x)
-        return None, grad_x, grad_y if ctx.needs_input_grad[2] else None, None, None, None, None, None
-
-
-def _call(
-    network: Network,
-    function: str,
-    index: int,
-    batched: bool,
-    weight: torch.Tensor | None,
-    *tensors: torch.Tensor | None,
-) -> None:
-    """Calls forward or backward; the layer's weight goes where `tensors` has its second, None."""
-    owner = network._handle()
-    described = []
-    for tensor in tensors:
-        if tensor is not None:
-            tensor = tensor.detach()
-            described.append(Descriptor(tensor if batched else tensor.unsqueeze(0), network.names[index]))
-        else:
-            described.append(None)
-    if weight is not None:
-        described[1] = Descriptor(weight, network.names[index])
-    arguments = [None if d is None else byref(d.c) for d in described]
-    device = tensors[0].device.type if tensors[0] is not None else "cpu"
-    # The library chooses its own compute dtype; the host's autocast on this thread must not change it.
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            owner.library.call(function, owner, index, *arguments, None)
-    else:
-        owner.library.call(function, owner, index, *arguments, None)
-
-
 def hook(network: Network, index: int, layer: nn.Module, needs_weight: bool) -> Callable[..., torch.Tensor]:
     """A forward hook (with_kwargs) that adds module `index` to the layer's output."""
     anchor = torch.zeros((), requires_grad=True)
     fresh = type(layer) in _FRESH
     axes = len(layer.kernel_size) if isinstance(layer, _CONVOLUTIONS) else 0
+    owner = network._handle()
+    address = c_void_p.from_param(owner).value
+    operator = _operator(owner.library)
+    hooks = layer._forward_hooks
 
     def add(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         x = inputs[0] if inputs else named["input"]
-        batched = axes == 0 or x.ndim == axes + 2
-        # Another hook may have kept the output.
-        alone = fresh and len(layer._forward_hooks) == 1
         # Read at every call: hosts move weights, and replace them.
         weight = layer.weight.detach().to(x.device) if needs_weight else None
-        return _Delta.apply(anchor, x, output, network, index, alone, batched, weight)
+        try:
+            # Another hook may have kept the output.
+            return operator(anchor, x, output, weight, address, index, axes, fresh and len(hooks) == 1)
+        except RuntimeError as failure:
+            raise errors.of_text(failure) from None
 
+    # As long as the layer has its module.
+    add.network = network  # type: ignore[attr-defined]
     return add
+
+
+def _operator(library: Library) -> Callable[..., torch.Tensor]:
+    """The library's operator for modules: forward and backward in torch's graph, without Python."""
+    space, name = library.text("lycore_network_operator").split("::")
+    return getattr(getattr(torch.ops, space), name).default
 
 
 def supported(layer: nn.Module) -> bool:

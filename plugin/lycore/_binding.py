@@ -336,6 +336,8 @@ def declare(library: CDLL) -> None:
     library.lycore_network_new.argtypes = [c_char_p, POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_network_schema.restype = c_int32
     library.lycore_network_schema.argtypes = [POINTER(c_void_p), POINTER(c_void_p)]
+    library.lycore_network_operator.restype = c_int32
+    library.lycore_network_operator.argtypes = [POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_network_add_layer.restype = c_int32
     library.lycore_network_add_layer.argtypes = [
         c_void_p,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from ._binding import lycore_status
@@ -138,3 +139,15 @@ _BY_HUNDRED: dict[int, type[LycoreError]] = {
 def class_of(status: int) -> type[LycoreError]:
     """The exception class of a status."""
     return _BY_STATUS.get(status) or _BY_HUNDRED.get(status // 100) or LycoreError
+
+
+_TEXT = re.compile(r"LyCore: (?P<message>.*) \[hint: (?P<hint>.*)\] \[status (?P<status>\d+)\]", re.DOTALL)
+
+
+def of_text(failure: RuntimeError) -> Exception:
+    """The LycoreError that torch handed on as a text, or what it was where it is none of ours."""
+    found = _TEXT.search(str(failure))
+    if found is None:
+        return failure
+    status = int(found["status"])
+    return class_of(status)(found["message"], hint=found["hint"], status=status)

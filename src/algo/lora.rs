@@ -233,9 +233,10 @@ pub(super) use training::BEGIN;
 mod training {
     use super::{ALPHA, DOWN, MID, UP};
     use crate::algo::training::{
-        differentiate, Begin, Gradients, Init, Layer, Parameter, Pass, Rule, Trainable,
+        add_gradients, add_output, Begin, Init, Layer, Parameter, Pass, Rule, Trainable,
     };
     use crate::error::Result;
+    use crate::torch_ext::{multiply, product, Factor};
     use tch::Tensor;
 
     pub(in crate::algo) const BEGIN: Begin = Begin {
@@ -260,9 +261,20 @@ mod training {
             Training { weight: layer.weight.clone(), rank: rule.dim, alpha: rule.alpha, tucker, frozen_down }
         }
 
+        fn scale(&self) -> f64 {
+            self.alpha / self.rank as f64
+        }
+
         fn scaled(&self, t: Tensor) -> Result<Tensor> {
-            let scale = self.alpha / self.rank as f64;
-            Ok(if scale == 1.0 { t } else { t.f_mul_scalar(scale)? })
+            Ok(if self.scale() == 1.0 { t } else { t.f_mul_scalar(self.scale())? })
+        }
+
+        /// Down and up of a Linear layer from which nothing is left out.
+        fn linear<'a>(&self, pass: &Pass<'a>) -> Option<[&'a Tensor; 2]> {
+            match pass.parameters {
+                [down, up] if self.weight.len() == 2 && pass.draw.is_none() => Some([down, up]),
+                _ => None,
+            }
         }
     }
 
@@ -340,24 +352,38 @@ mod training {
             layer.pointwise(&t, up)
         }
 
-        fn backward(&self, pass: &Pass, x: &Tensor, grad_y: &Tensor, want_input: bool) -> Result<Gradients> {
-            let (Some([down, up]), 2, None) = (pass.parameters.get(..2), self.weight.len(), pass.draw) else {
-                return differentiate(&|x| self.forward(pass, x), pass.parameters, x, grad_y, want_input);
+        fn add_forward(&self, pass: &Pass, x: &Tensor, y: &Tensor) -> Result<()> {
+            let Some([down, up]) = self.linear(pass).filter(|_| y.f_kind().ok() == Some(pass.compute)) else {
+                return add_output(self, pass, x, y);
             };
-            // Four products; differentiating `forward` would compute its output once more for nothing.
-            tch::no_grad(|| {
-                let (inputs, outputs) = (self.weight[1] as i64, self.weight[0] as i64);
-                let (rows, grad) = (x.f_reshape([-1, inputs])?, grad_y.f_reshape([-1, outputs])?);
-                let t = self.scaled(rows.f_matmul(&down.f_transpose(0, 1)?)?)?;
-                let grad_t = self.scaled(grad.f_matmul(up)?)?;
-                let grad_down = match self.frozen_down {
-                    true => None,
-                    false => Some(grad_t.f_transpose(0, 1)?.f_matmul(&rows)?),
-                };
-                let grad_up = grad.f_transpose(0, 1)?.f_matmul(&t)?;
-                let input = want_input.then(|| grad_t.f_matmul(down)?.f_reshape(x.size())).transpose()?;
-                Ok(Gradients { parameters: vec![grad_down, Some(grad_up)], input })
-            })
+            let t = multiply(Factor(x, false), Factor(down, true))?;
+            product(y, Factor(&t, false), Factor(up, true), 1.0, self.scale())
+        }
+
+        fn accumulate(
+            &self,
+            pass: &Pass,
+            x: &Tensor,
+            grad_y: &Tensor,
+            want_input: bool,
+            into: &[Tensor],
+        ) -> Result<Option<Tensor>> {
+            let Some([down, up]) = self.linear(pass) else {
+                return add_gradients(self.backward(pass, x, grad_y, want_input)?, into);
+            };
+            // Five products, the sums of two of them in the gradient's fp32.
+            let t = multiply(Factor(x, false), Factor(down, true))?;
+            let grad_t = multiply(Factor(grad_y, false), Factor(up, false))?;
+            product(&into[1], Factor(grad_y, true), Factor(&t, false), 1.0, self.scale())?;
+            if !self.frozen_down {
+                product(&into[0], Factor(&grad_t, true), Factor(x, false), 1.0, self.scale())?;
+            }
+            if !want_input {
+                return Ok(None);
+            }
+            let grad_x = x.f_empty_like()?;
+            product(&grad_x, Factor(&grad_t, false), Factor(down, false), 0.0, self.scale())?;
+            Ok(Some(grad_x))
         }
 
         fn shrunk(&self, ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {

@@ -371,11 +371,48 @@ pub trait Trainable: Debug + Send {
         differentiate(&|x| self.forward(pass, x), pass.parameters, x, grad_y, want_input)
     }
 
+    /// Adds forward's output to `y`, which may have another dtype.
+    fn add_forward(&self, pass: &Pass, x: &Tensor, y: &Tensor) -> Result<()> {
+        add_output(self, pass, x, y)
+    }
+
+    /// Adds backward's gradients of the parameters to `into`, fp32, in their stored shapes, and gives that of the input.
+    fn accumulate(
+        &self,
+        pass: &Pass,
+        x: &Tensor,
+        grad_y: &Tensor,
+        want_input: bool,
+        into: &[Tensor],
+    ) -> Result<Option<Tensor>> {
+        add_gradients(self.backward(pass, x, grad_y, want_input)?, into)
+    }
+
     /// Factors by which the parameters shrink so that dW becomes `ratio` (a number on the device) times what it is; `None` where no
     /// factor does that.
     fn shrunk(&self, _ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {
         Ok(None)
     }
+}
+
+/// `y += forward(x)`, or nothing where the module is left out.
+pub fn add_output<T: Trainable + ?Sized>(module: &T, pass: &Pass, x: &Tensor, y: &Tensor) -> Result<()> {
+    let mut output = module.forward(pass, x)?;
+    if let Some(draw) = pass.draw {
+        output = draw.module(output)?;
+    }
+    let _ = y.shallow_clone().f_add_(&output)?;
+    Ok(())
+}
+
+/// Adds gradients of parameters to fp32 tensors; gives that of the input.
+pub fn add_gradients(gradients: Gradients, into: &[Tensor]) -> Result<Option<Tensor>> {
+    for (to, gradient) in into.iter().zip(&gradients.parameters) {
+        if let Some(gradient) = gradient {
+            let _ = to.shallow_clone().f_add_(gradient)?;
+        }
+    }
+    Ok(gradients.input)
 }
 
 /// The gradients of any differentiable forward, by libtorch's autograd. Works whatever grad mode the calling thread is in.

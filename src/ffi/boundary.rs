@@ -58,7 +58,7 @@ pub(super) unsafe fn run(error: *mut *mut lycore_error, body: impl FnOnce() -> O
     let failure = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => return LYCORE_OK,
         Ok(Err(failure)) => failure,
-        Err(panic) => Failure::boundary(LYCORE_PANIC, format!("internal error: {}", panic_text(&*panic))),
+        Err(panic) => panicked(&*panic),
     };
     if !error.is_null() {
         let made = catch_unwind(AssertUnwindSafe(|| handle::new(ErrorTexts::from(&failure))));
@@ -66,6 +66,11 @@ pub(super) unsafe fn run(error: *mut *mut lycore_error, body: impl FnOnce() -> O
         unsafe { *error = made.unwrap_or(std::ptr::null_mut()).cast() };
     }
     failure.status()
+}
+
+/// A caught panic as a failure.
+pub(super) fn panicked(panic: &(dyn std::any::Any + Send)) -> Failure {
+    Failure::boundary(LYCORE_PANIC, format!("internal error: {}", panic_text(panic)))
 }
 
 /// Runs the body of an export that returns a plain value; `otherwise` stands for every failure.

@@ -13,6 +13,8 @@ pub mod adapter;
 pub mod checkpoint;
 pub mod convert;
 pub mod network;
+#[cfg(feature = "torch")]
+mod operator;
 pub mod progress;
 pub mod stack;
 pub mod status;

@@ -91,8 +91,8 @@ pub struct lycore_step {
 type Held = Mutex<HeldNetwork>;
 
 #[cfg(feature = "torch")]
-struct HeldNetwork {
-    network: train::Network,
+pub(super) struct HeldNetwork {
+    pub(super) network: train::Network,
     /// What `lycore_network_buffer` points to.
     shapes: [[i64; 1]; 2],
     strides: [[i64; 1]; 2],
@@ -117,7 +117,7 @@ macro_rules! training {
 }
 
 #[cfg(feature = "torch")]
-fn on_network<T>(
+pub(super) fn on_network<T>(
     network: *const lycore_network,
     work: impl FnOnce(&mut HeldNetwork) -> Outcome<T>,
 ) -> Outcome<T> {
@@ -166,6 +166,32 @@ pub unsafe extern "C" fn lycore_network_schema(
             let text = boundary::out(text, "text")?;
             training! {
                 *text = handle::new_text(c_text(train::Config::schema()));
+                Ok(())
+            }
+        })
+    }
+}
+
+/// The qualified name, "namespace::module", of an operator of libtorch, for hosts that have libtorch's graph:
+/// `module(Tensor anchor, Tensor x, Tensor base, Tensor? weight, int network, int index, int axes, bool fresh) -> Tensor` gives
+/// base + what module `index` adds for x, and calls lycore_network_backward's work in the graph's backward. `anchor` is any tensor that requires a
+/// gradient; `base` is the layer's output; `weight` as in lycore_network_forward; `network` the lycore_network's address, alive until backward;
+/// `axes` the number of a convolution's spatial axes, else 0; `fresh` whether nobody else reads base, so that the result may take its memory.
+/// `text` is freed with lycore_text_free.
+///
+/// # Safety
+/// `text` may be written. `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_network_operator(
+    text: *mut *mut c_char,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            let text = boundary::out(text, "text")?;
+            training! {
+                *text = handle::new_text(c_text(super::operator::name()?));
                 Ok(())
             }
         })
@@ -381,7 +407,12 @@ pub unsafe extern "C" fn lycore_network_backward(
                         let weight = weight.as_ref().map(blob).transpose()?;
                         let grad_x = grad_x.as_ref().map(blob).transpose()?;
                         let (x, grad_y) = (blob(&x)?, blob(&grad_y)?);
-                        Ok(n.network.backward(index as usize, &x, weight.as_ref(), &grad_y, grad_x.as_ref())?)
+                        let gradient =
+                            n.network.backward(index as usize, &x, weight.as_ref(), &grad_y, grad_x.is_some())?;
+                        if let (Some(to), Some(gradient)) = (grad_x, gradient) {
+                            n.network.add_input(index as usize, &to, &gradient, &grad_y)?;
+                        }
+                        Ok(())
                     })
                 })
             }

@@ -1,4 +1,5 @@
-//! What tch does not bind: exact fp32 products, the caller's stream, finding libtorch's CUDA half.
+//! What tch does not bind: exact fp32 products, the caller's stream, finding libtorch's CUDA half, products in place, an operator for a
+//! module in libtorch's graph.
 
 use crate::error::{Error, Result};
 use once_cell::sync::OnceCell;
@@ -10,6 +11,103 @@ extern "C" {
     fn lycore_ext_scope_open(device: c_int, stream: *mut c_void, out: *mut *mut c_void) -> *mut c_char;
     fn lycore_ext_scope_stream(scope: *mut c_void) -> *mut c_void;
     fn lycore_ext_scope_close(scope: *mut c_void);
+    fn lycore_ext_product(
+        out: *mut c_void,
+        a: *const c_void,
+        turn_a: bool,
+        b: *const c_void,
+        turn_b: bool,
+        beta: f64,
+        alpha: f64,
+    ) -> *mut c_char;
+    fn lycore_ext_multiply(
+        a: *const c_void,
+        turn_a: bool,
+        b: *const c_void,
+        turn_b: bool,
+        out: *mut *mut c_void,
+    ) -> *mut c_char;
+    fn lycore_ext_register(name: *const c_char, calls: Calls) -> *mut c_char;
+}
+
+/// What libtorch's operator for a module calls; texts are errors, of `CString::into_raw`. Tensors are libtorch's, only borrowed but for
+/// what `grad_x` is set to.
+#[repr(C)]
+pub struct Calls {
+    /// Adds the module's output for x to y.
+    pub forward: unsafe extern "C" fn(i64, i64, *mut c_void, *mut c_void, *mut c_void) -> *mut c_char,
+    /// Adds to the network's gradients, and gives that of the input where it is wanted.
+    pub backward: unsafe extern "C" fn(
+        i64,
+        i64,
+        *mut c_void,
+        *mut c_void,
+        *mut c_void,
+        bool,
+        *mut *mut c_void,
+    ) -> *mut c_char,
+    /// Frees a text of the two.
+    pub free_text: unsafe extern "C" fn(*mut c_char),
+}
+
+/// The name under which libtorch knows the operator of a module in training, `NAMESPACE::module`: another one for every copy of this library
+/// in a process.
+pub fn operator(calls: Calls) -> Result<&'static str> {
+    static NAME: OnceCell<String> = OnceCell::new();
+    NAME.get_or_try_init(|| {
+        let space = format!("lycore_{:x}", std::ptr::addr_of!(NAME) as usize);
+        let text = CString::new(space.as_str()).unwrap_or_default();
+        // SAFETY: a C string; the calls keep what `Calls` says.
+        failed(unsafe { lycore_ext_register(text.as_ptr(), calls) })?;
+        Ok(format!("{space}::module"))
+    })
+    .map(String::as_str)
+}
+
+/// An error's text, taken over.
+fn failed(text: *mut c_char) -> Result<()> {
+    if text.is_null() {
+        return Ok(());
+    }
+    // SAFETY: a C string that is ours to free.
+    let what = unsafe {
+        let what = CStr::from_ptr(text).to_string_lossy().into_owned();
+        lycore_ext_free_text(text);
+        what
+    };
+    Err(Error::Backend(format!("libtorch: {what}")))
+}
+
+/// A matrix of a product: the last axis as columns, all others as rows; or turned.
+#[derive(Clone, Copy)]
+pub struct Factor<'a>(pub &'a tch::Tensor, pub bool);
+
+/// `out = beta * out + alpha * a @ b`, in place, without recording a graph. `out` may be fp32 beside factors of 16 bits: then it is summed and
+/// kept in fp32.
+pub fn product(out: &tch::Tensor, a: Factor, b: Factor, beta: f64, alpha: f64) -> Result<()> {
+    let mut out = out.shallow_clone();
+    // SAFETY: tch's tensors are pointers to libtorch's.
+    failed(unsafe {
+        lycore_ext_product(
+            out.as_mut_ptr().cast(),
+            a.0.as_ptr().cast(),
+            a.1,
+            b.0.as_ptr().cast(),
+            b.1,
+            beta,
+            alpha,
+        )
+    })
+}
+
+/// `a @ b`.
+pub fn multiply(a: Factor, b: Factor) -> Result<tch::Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: tch's tensors are pointers to libtorch's; on success `out` is one that is ours.
+    unsafe {
+        failed(lycore_ext_multiply(a.0.as_ptr().cast(), a.1, b.0.as_ptr().cast(), b.1, &mut out))?;
+        Ok(tch::Tensor::from_ptr(out.cast()))
+    }
 }
 
 /// A CUDA device and, unless it is NULL, a stream of the caller on it (`cudaStream_t`).
@@ -34,14 +132,9 @@ impl Scope {
             require_cuda()?;
         }
         let mut scope = std::ptr::null_mut();
-        // SAFETY: `scope` is written on success; a returned text is ours to free.
+        // SAFETY: `scope` is written on success.
         unsafe {
-            let failure = lycore_ext_scope_open(device, handle, &mut scope);
-            if !failure.is_null() {
-                let text = CStr::from_ptr(failure).to_string_lossy().into_owned();
-                lycore_ext_free_text(failure);
-                return Err(Error::Backend(format!("libtorch: {text}")));
-            }
+            failed(lycore_ext_scope_open(device, handle, &mut scope))?;
         }
         Ok(Scope(scope))
     }

@@ -1,10 +1,15 @@
 // The little C++ that tch does not bind. Plain C functions; no exception leaves them: a failure is a text, freed by the caller.
 
 #include <ATen/Context.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/Stream.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
 
 #include <cstdint>
 #include <cstring>
@@ -13,6 +18,8 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 namespace {
 
@@ -72,9 +79,125 @@ struct Scope {
   c10::Stream previous{c10::Stream::DEFAULT, c10::Device(c10::DeviceType::CPU)};
 };
 
+// A tensor's last axis as columns and all others as rows, or turned.
+at::Tensor matrix(const at::Tensor& t, bool turned) {
+  at::Tensor flat = t.dim() == 2 ? t : t.reshape({-1, t.size(-1)});
+  return turned ? flat.t() : flat;
+}
+
+// What the operator calls for a module's forward and backward: a text is an error, freed with lycore_ext_free_text's counterpart in Rust.
+struct Calls {
+  char* (*forward)(int64_t network, int64_t index, at::Tensor* x, at::Tensor* weight, at::Tensor* y);
+  char* (*backward)(int64_t network, int64_t index, at::Tensor* x, at::Tensor* weight, at::Tensor* grad_y, bool want_input, at::Tensor** grad_x);
+  void (*free_text)(char* text);
+};
+Calls calls;
+
+void check(char* failure) {
+  if (failure == nullptr) return;
+  std::string text(failure);
+  calls.free_text(failure);
+  throw std::runtime_error(text);
+}
+
+// `y = base + module(x)` in libtorch's graph. The anchor needs a gradient, so that backward runs also when neither x nor base does. `axes` are
+// the spatial axes of a convolution's input: without its batch it gets one. `fresh`: nobody else reads base, so that y may take its memory.
+class Module : public torch::autograd::Function<Module> {
+ public:
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& anchor, const at::Tensor& given, const at::Tensor& base,
+                            const std::optional<at::Tensor>& weight, int64_t network, int64_t index, int64_t axes, bool fresh) {
+    at::Tensor x = given.contiguous();
+    // An alias with a version counter of its own: base is an output that its producer does not keep.
+    at::Tensor y = fresh && base.is_contiguous() ? base.variable_data() : base.detach().clone(at::MemoryFormat::Contiguous);
+    bool single = axes > 0 && x.dim() == axes + 1;
+    at::Tensor rows = single ? x.detach().unsqueeze(0) : x.detach(), out = single ? y.unsqueeze(0) : y;
+    at::Tensor own = weight.value_or(at::Tensor());
+    check(calls.forward(network, index, &rows, own.defined() ? &own : nullptr, &out));
+    ctx->save_for_backward({x, own});
+    ctx->saved_data["network"] = network;
+    ctx->saved_data["index"] = index;
+    ctx->saved_data["single"] = single;
+    return y;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& gradients) {
+    if (at::GradMode::is_enabled()) throw std::runtime_error("LyCore: modules cannot be differentiated twice");
+    torch::autograd::variable_list saved = ctx->get_saved_variables();
+    at::Tensor grad_y = gradients[0].contiguous(), x = saved[0].detach(), weight = saved[1], grad_x;
+    at::Tensor rows = x, out = grad_y;
+    bool single = ctx->saved_data["single"].toBool(), want_input = ctx->needs_input_grad(1);
+    if (single) {
+      rows = x.unsqueeze(0);
+      out = grad_y.unsqueeze(0);
+    }
+    at::Tensor* input = nullptr;
+    check(calls.backward(ctx->saved_data["network"].toInt(), ctx->saved_data["index"].toInt(), &rows, weight.defined() ? &weight : nullptr, &out,
+                         want_input, &input));
+    if (input != nullptr) {
+      grad_x = (single ? input->squeeze(0) : *input).to(x.scalar_type());
+      delete input;
+    }
+    at::Tensor none;
+    return {none, grad_x, ctx->needs_input_grad(2) ? gradients[0] : none, none, none, none, none, none};
+  }
+};
+
+at::Tensor module(const at::Tensor& anchor, const at::Tensor& x, const at::Tensor& base, const std::optional<at::Tensor>& weight, int64_t network,
+                  int64_t index, int64_t axes, bool fresh) {
+  return Module::apply(anchor, x, base, weight, network, index, axes, fresh);
+}
+
 }  // namespace
 
 extern "C" {
+
+// out = beta * out + alpha * a @ b, a and b turned where it says so; leading axes are rows. out may be fp32 beside factors of 16 bits.
+char* lycore_ext_product(at::Tensor* out, const at::Tensor* a, bool turn_a, const at::Tensor* b, bool turn_b, double beta, double alpha) {
+  try {
+    at::Tensor to = matrix(*out, false), left = matrix(*a, turn_a), right = matrix(*b, turn_b);
+    if (to.scalar_type() == left.scalar_type()) {
+      at::addmm_out(to, to, left, right, beta, alpha);
+    } else if (to.is_cuda() && to.scalar_type() == at::kFloat) {
+      at::addmm_out(to, to, left, right, at::kFloat, beta, alpha);
+    } else {
+      to.mul_(beta).add_(at::mm(left, right), alpha);
+    }
+    return nullptr;
+  } catch (const std::exception& e) {
+    return text_of(e.what());
+  } catch (...) {
+    return text_of("unknown C++ exception");
+  }
+}
+
+// a @ b, as in lycore_ext_product; the caller owns the result.
+char* lycore_ext_multiply(const at::Tensor* a, bool turn_a, const at::Tensor* b, bool turn_b, at::Tensor** out) {
+  try {
+    *out = new at::Tensor(at::mm(matrix(*a, turn_a), matrix(*b, turn_b)));
+    return nullptr;
+  } catch (const std::exception& e) {
+    return text_of(e.what());
+  } catch (...) {
+    return text_of("unknown C++ exception");
+  }
+}
+
+// Makes `NAMESPACE::module` an operator of libtorch, once; the calls are this library's own.
+char* lycore_ext_register(const char* name, Calls given) {
+  try {
+    calls = given;
+    // Never freed: operators live as long as the process.
+    auto* library = new torch::Library(torch::Library::DEF, name, std::nullopt, __FILE__, __LINE__);
+    library->def(
+        "module(Tensor anchor, Tensor x, Tensor base, Tensor? weight, int network, int index, int axes, bool fresh) -> Tensor",
+        torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(module)));
+    return nullptr;
+  } catch (const std::exception& e) {
+    return text_of(e.what());
+  } catch (...) {
+    return text_of("unknown C++ exception");
+  }
+}
 
 // An address inside libtorch's CPU half.
 void* lycore_ext_libtorch_address() { return reinterpret_cast<void*>(&at::globalContext); }

@@ -233,16 +233,11 @@ impl Network {
         tch::no_grad(|| {
             let (weight, draw) = (built.weight(m, weight)?, self.draw(built, m));
             let pass = built.pass(m, weight.as_ref(), draw.as_ref())?;
-            let mut delta = m.algorithm.forward(&pass, &built.input(x)?)?;
-            if let Some(draw) = &draw {
-                delta = draw.module(delta)?;
-            }
-            let _ = y.f_detach()?.f_add_(&delta)?;
-            Ok(())
+            m.algorithm.add_forward(&pass, &built.input(x)?, y)
         })
     }
 
-    /// Adds the gradients that `grad_y` causes: of the parameters into the flat gradient, of the input into `grad_x` when it is given.
+    /// Adds the gradients that `grad_y` causes to the flat gradient, and gives that of the input, if it is wanted, in the compute dtype.
     /// Computes the module again from `x`, so nothing is kept between forward and backward.
     pub fn backward(
         &mut self,
@@ -250,32 +245,28 @@ impl Network {
         x: &Tensor,
         weight: Option<&Tensor>,
         grad_y: &Tensor,
-        grad_x: Option<&Tensor>,
-    ) -> Result<()> {
+        want_input: bool,
+    ) -> Result<Option<Tensor>> {
         let (built, m) = (self.built()?, self.module(module)?);
         built.check(m, x, grad_y)?;
-        if let Some(grad_x) = grad_x {
-            built.check(m, grad_x, grad_y)?;
-        }
-        let range = m.range.clone();
-        let gradients = tch::no_grad(|| {
+        let input = tch::no_grad(|| {
             let (x, mut grad_y) = (built.input(x)?, built.input(grad_y)?);
             let (weight, draw) = (built.weight(m, weight)?, self.draw(built, m));
             if let Some(draw) = &draw {
                 grad_y = draw.module(grad_y)?;
             }
             let pass = built.pass(m, weight.as_ref(), draw.as_ref())?;
-            m.algorithm.backward(&pass, &x, &grad_y, grad_x.is_some())
+            m.algorithm.accumulate(&pass, &x, &grad_y, want_input, built.params.gradients(m.range.clone()))
         })?;
-        tch::no_grad(|| {
-            if let (Some(to), Some(gradient)) = (grad_x, &gradients.input) {
-                let _ = to.f_detach()?.f_add_(gradient)?;
-            }
-            self.dirty = true;
-            let params = &mut self.built_mut()?.params;
-            let own = range.zip(&gradients.parameters).filter_map(|(i, g)| Some((i, g.as_ref()?)));
-            own.into_iter().try_for_each(|(i, gradient)| params.accumulate(i, gradient))
-        })
+        self.dirty = true;
+        Ok(input)
+    }
+
+    /// Adds a gradient that [`Network::backward`] gave to a tensor of the host.
+    pub fn add_input(&self, module: usize, to: &Tensor, gradient: &Tensor, grad_y: &Tensor) -> Result<()> {
+        self.built()?.check(self.module(module)?, to, grad_y)?;
+        let _ = tch::no_grad(|| to.shallow_clone().f_add_(gradient))?;
+        Ok(())
     }
 
     /// A module's random choices in this micro-step.
@@ -388,7 +379,7 @@ impl Built {
         weight: Option<&'a Tensor>,
         draw: Option<&'a Draw>,
     ) -> Result<Pass<'a>> {
-        let (parameters, compute) = (self.params.leaves(m.range.clone()), self.params.compute()?);
+        let (parameters, compute) = (self.params.leaves(m.range.clone()), self.params.compute());
         Ok(Pass { layer: &m.layer, parameters, weight, draw, compute })
     }
 
@@ -398,7 +389,7 @@ impl Built {
         let shape: Vec<usize> = weight.size().into_iter().map(|d| d as usize).collect();
         if shape != m.layer.weight {
             return Err(Error::Shape {
-                tensor: m.name.clone(),
+                tensor: m.layer.name.clone(),
                 what: "the layer's weight has another shape than at its registration".into(),
                 expected: m.layer.weight.clone(),
                 got: shape,
@@ -414,7 +405,7 @@ impl Built {
         let (xs, ys) = (shape(x), shape(y));
         match (&module.geometry, &module.layer.form) {
             (Some(geometry), _) => {
-                bypass::Layout::check(&module.name, &module.layer.weight, geometry, &xs, &ys)?;
+                bypass::Layout::check(&module.layer.name, &module.layer.weight, geometry, &xs, &ys)?;
             }
             (None, form) => {
                 let weight = &module.layer.weight;
@@ -424,7 +415,12 @@ impl Built {
                 };
                 if !fits || xs != ys {
                     let what = format!("input of a norm of {weight:?} beside its output");
-                    return Err(Error::Shape { tensor: module.name.clone(), what, expected: xs, got: ys });
+                    return Err(Error::Shape {
+                        tensor: module.layer.name.clone(),
+                        what,
+                        expected: xs,
+                        got: ys,
+                    });
                 }
             }
         }
@@ -435,11 +431,11 @@ impl Built {
     fn placed(&self, module: &Module, tensor: &Tensor) -> Result<()> {
         let kind = tensor.f_kind()?;
         if !matches!(kind, Kind::Float | Kind::Half | Kind::BFloat16) {
-            let (tensor, got) = (module.name.clone(), format!("{kind:?}"));
+            let (tensor, got) = (module.layer.name.clone(), format!("{kind:?}"));
             return Err(Error::Dtype { tensor, got, supported: "F32, F16, BF16" });
         }
         if tensor.device() != self.device {
-            let (name, device) = (&module.name, tensor.device());
+            let (name, device) = (&module.layer.name, tensor.device());
             let what = format!("`{name}`: a tensor is on {device:?}, the network on {:?}", self.device);
             return Err(Error::Device { what, hint: "build the network on the model's device".into() });
         }
@@ -448,7 +444,10 @@ impl Built {
 
     /// A tensor of the host, without its graph, in the compute dtype.
     fn input(&self, tensor: &Tensor) -> Result<Tensor> {
-        Ok(tensor.f_detach()?.f_to_kind(self.params.compute()?)?)
+        Ok(match tensor.f_kind()? == self.params.compute() {
+            true => tensor.shallow_clone(),
+            false => tensor.f_to_kind(self.params.compute())?,
+        })
     }
 }
 

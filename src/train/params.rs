@@ -157,6 +157,7 @@ pub struct Params {
     leaves: Vec<Tensor>,
     exact: Vec<Tensor>,
     gradients: Vec<Tensor>,
+    compute: Kind,
 }
 
 impl Params {
@@ -194,8 +195,8 @@ impl Params {
                 exact.push(segment.whole(&master)?);
                 gradients.push(segment.whole(&gradient)?);
             }
-            let params =
-                Params { segments: plan.segments, master, gradient, working, leaves, exact, gradients };
+            let (segments, compute) = (plan.segments, kind(compute));
+            let params = Params { segments, master, gradient, working, leaves, exact, gradients, compute };
             params.settle()?;
             Ok(params)
         })
@@ -227,14 +228,13 @@ impl Params {
     }
 
     /// The compute dtype.
-    pub fn compute(&self) -> Result<Kind> {
-        Ok(self.working.as_ref().unwrap_or(&self.master).f_kind()?)
+    pub fn compute(&self) -> Kind {
+        self.compute
     }
 
-    /// Adds to the gradient of parameter `index`, in fp32. Called without grad mode.
-    pub fn accumulate(&mut self, index: usize, gradient: &Tensor) -> Result<()> {
-        let _ = self.gradients[index].f_add_(gradient)?;
-        Ok(())
+    /// The fp32 gradients of parameters, in their stored shapes: views.
+    pub fn gradients(&self, range: Range<usize>) -> &[Tensor] {
+        &self.gradients[range]
     }
 
     /// Both flat fp32 buffers for an optimizer.
@@ -345,8 +345,7 @@ mod tests {
         assert_eq!(p.master().size(), [1024]);
         p.set(0, &[2.0; 15]).unwrap();
         assert_eq!(Vec::<f32>::try_from(&p.leaves(0..1)[0].flatten(0, -1)).unwrap(), [2.0; 15]);
-        p.accumulate(1, &Tensor::from_slice(&[3f32; 7])).unwrap();
-        p.accumulate(1, &Tensor::from_slice(&[1f32; 7])).unwrap();
+        let _ = p.gradients(1..2)[0].shallow_clone().fill_(4.0);
         let gradient = to_host(p.gradient()).unwrap();
         assert_eq!(gradient.iter().filter(|&&g| g != 0.0).count(), 7);
         assert_eq!(gradient[64..71], [4.0; 7]);

@@ -50,7 +50,7 @@ fn micro_step(network: &mut Network, t: u64) -> f64 {
         network.forward(module, &x, None, &y).unwrap();
         let error = &y - &target;
         loss += error.square().sum(Kind::Double).double_value(&[]);
-        network.backward(module, &x, None, &(error * 2.0), None).unwrap();
+        network.backward(module, &x, None, &(error * 2.0), false).unwrap();
     }
     network.step().unwrap();
     loss
@@ -102,7 +102,7 @@ fn a_state_between_backward_and_step_keeps_its_gradient() {
     let file = folder.path().join("state.safetensors");
     let mut first = network("{}");
     let (x, grad) = input(0, 1);
-    first.backward(0, &x, None, &grad, None).unwrap();
+    first.backward(0, &x, None, &grad, false).unwrap();
     first.save_state(&file).unwrap();
     let mut second = network("{}");
     second.load_state(&file).unwrap();
@@ -152,10 +152,10 @@ fn accumulation_averages_and_reports_updates() {
     let (mut once, mut thrice) =
         (network(plain), network(&plain.replace('}', r#", "gradient_accumulation_steps": 3}"#)));
     let (x, grad) = input(0, 4);
-    once.backward(0, &x, None, &grad, None).unwrap();
+    once.backward(0, &x, None, &grad, false).unwrap();
     let want = once.step().unwrap();
     for i in 0..3 {
-        thrice.backward(0, &x, None, &(&grad * f64::from(i)), None).unwrap();
+        thrice.backward(0, &x, None, &(&grad * f64::from(i)), false).unwrap();
         let step = thrice.step().unwrap();
         assert_eq!((step.updated, step.step), (i == 2, u64::from(i == 2)));
         if step.updated {
@@ -179,7 +179,7 @@ fn clipping_bounds_the_norm_that_the_optimizer_sees() {
         let mut network = network(&options(norm));
         let before = network.parameters().unwrap().copy();
         let (x, grad) = input(0, 4);
-        network.backward(0, &x, None, &grad, None).unwrap();
+        network.backward(0, &x, None, &grad, false).unwrap();
         let got = network.step().unwrap().grad_norm;
         (got, (network.parameters().unwrap() - before).norm().double_value(&[]) * 1e6)
     };
@@ -196,7 +196,7 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
     let mut network = network("{}");
     micro_step(&mut network, 0);
     let (before, (x, grad)) = (bits(&network), input(0, 1));
-    network.backward(0, &x, None, &(&grad * f64::NAN), None).unwrap();
+    network.backward(0, &x, None, &(&grad * f64::NAN), false).unwrap();
     for _ in 0..2 {
         let error = network.step().unwrap_err();
         assert!(matches!(error, Error::Train { .. }) && error.to_string().contains("step 2"), "{error}");
@@ -204,7 +204,7 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
     }
     assert_eq!(bits(&network), before);
     network.zero_gradients().unwrap();
-    network.backward(0, &x, None, &grad, None).unwrap();
+    network.backward(0, &x, None, &grad, false).unwrap();
     assert_eq!(network.step().unwrap().step, 2);
 }
 
@@ -334,7 +334,7 @@ fn wrong_calls_are_errors() {
     assert!(built.forward(7, &x, None, &y).is_err());
     assert!(matches!(built.forward(0, &x, None, &x).unwrap_err(), Error::Shape { .. }));
     assert!(matches!(built.forward(0, &x.to_kind(Kind::Double), None, &y).unwrap_err(), Error::Dtype { .. }));
-    assert!(built.backward(0, &x, None, &y, Some(&y)).is_err());
+    assert!(built.backward(0, &y, None, &x, true).is_err());
 }
 
 #[test]
@@ -348,16 +348,16 @@ fn tensors_of_a_host_may_have_another_dtype() {
             let (x, y) = input(module, 3);
             let (x, y) = (x.to_kind(kind).set_requires_grad(true), y.to_kind(kind));
             let (exact_x, exact_y) = (x.detach().to_kind(Kind::Float), y.to_kind(Kind::Float));
-            let (exact_out, exact_grad_x) = (exact_y.copy(), exact_x.zeros_like());
+            let exact_out = exact_y.copy();
             network.zero_gradients().unwrap();
             network.forward(module, &exact_x, None, &exact_out).unwrap();
-            network.backward(module, &exact_x, None, &exact_y, Some(&exact_grad_x)).unwrap();
+            let exact_grad_x = network.backward(module, &exact_x, None, &exact_y, true).unwrap().unwrap();
             let exact_gradient = network.gradients().unwrap().copy();
-            let (out, grad_x) = (y.copy(), x.detach().zeros_like());
+            let out = y.copy();
             network.zero_gradients().unwrap();
             // The host records its own graph, or none, around the calls.
             tch::with_grad(|| network.forward(module, &x, None, &out)).unwrap();
-            tch::no_grad(|| network.backward(module, &x, None, &y, Some(&grad_x))).unwrap();
+            let grad_x = tch::no_grad(|| network.backward(module, &x, None, &y, true)).unwrap().unwrap();
             assert!(!out.requires_grad() && !x.grad().defined(), "the host's graph is left alone");
             let close = |got: &Tensor, want: &Tensor, tolerance: f64| {
                 let scale = want.abs().max().double_value(&[]);
