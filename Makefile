@@ -100,6 +100,7 @@ bench: lib small
 
 bench-gpu: lib
 	$(PY) tests/bench/merge.py --device cuda
+	$(PY) tests/bench/train.py --device cuda
 
 clean:
 	cargo clean
