@@ -67,7 +67,13 @@ def supported(layer: nn.Module) -> bool:
     """Whether a module can be put on this layer."""
     if isinstance(layer, _NORMS):
         return layer.weight is not None
-    return isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) and not isinstance(layer, _NEVER_CALLED)
+    return (_linear(layer) or isinstance(layer, _CONVOLUTIONS)) and not isinstance(layer, _NEVER_CALLED)
+
+
+def _linear(layer: nn.Module) -> bool:
+    """nn.Linear, or a layer that says the same of itself: hosts have quantised ones of their own class."""
+    sizes = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
+    return isinstance(layer, nn.Linear) or ("weight" in layer._parameters and all(isinstance(n, int) for n in sizes))
 
 
 def describe(name: str, layer: nn.Module) -> tuple[lycore_layer, tuple[Any, ...]]:
@@ -77,7 +83,7 @@ def describe(name: str, layer: nn.Module) -> tuple[lycore_layer, tuple[Any, ...]
         raise UnsupportedError(what, hint="leave this layer out", key=name)
     described = lycore_layer(struct_size=sizeof(lycore_layer), has_bias=getattr(layer, "bias", None) is not None)
     geometry = None
-    if isinstance(layer, nn.Linear):
+    if _linear(layer):
         # Not the weight's own shape: quantised layers pack it.
         shape: tuple[int, ...] = (layer.out_features, layer.in_features)
     elif isinstance(layer, _CONVOLUTIONS):
