@@ -57,6 +57,11 @@ class Targets:
             places |= _key_map(comfy.lora.model_lora_keys_clip, clip.cond_stage_model)
         self._places = {spelling: place for spelling, place in places.items() if self._has(place)}
         self._flat = {spelling.replace(".", "_"): place for spelling, place in self._places.items()}
+        self._kohya = {
+            place.key: name
+            for name, place in self._places.items()
+            if place == Place(place.key) and name.startswith("lora_unet_") and name != _plain(place.key)
+        }
         aliases = sorted((s, p.key, str(p.slice), bool(p.function)) for s, p in self._places.items())
         self.signature = hashlib.sha1(repr((sorted(self.shapes.items()), aliases)).encode()).hexdigest()
         """Equal for models on which a file goes to the same places."""
@@ -80,6 +85,14 @@ class Targets:
         aliases = {s: (p.key, *p.slice) if p.slice else p.key for s, p in self._places.items()}
         return lycore.Stack(weights, aliases=aliases)
 
+    def file_name(self, key: str) -> str:
+        """What a weight of the diffusion model is called in a file: kohya's name, after diffusers' for a U-Net.
+
+        ComfyUI takes `lora_unet_` and its own name for a weight of every architecture; for a U-Net it also has the
+        names that other programs know.
+        """
+        return self._kohya.get(key, _plain(key))
+
     def place(self, module: str, target: str, part: Mapping[str, int] | None) -> Place:
         """Where on `target`, the weight that LyCore found for it, a module goes. `part` is its report's slice."""
         for table, name in ((self._places, module), (self._flat, module.replace(".", "_"))):
@@ -92,6 +105,10 @@ class Targets:
 def is_text_encoder(module: str) -> bool:
     """Whether a module's name says that it belongs to a text encoder."""
     return module.startswith(_TEXT_ENCODER)
+
+
+def _plain(key: str) -> str:
+    return "lora_unet_" + key.removeprefix("diffusion_model.").removesuffix(".weight").replace(".", "_")
 
 
 def _shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,9 @@ sys.path.append(str(ROOT / "tests" / "python" / "oracles"))
 
 import lycore  # noqa: E402 - after the path
 
+# A plugin of tests that are in a folder below, which also import it.
+pytest.register_assert_rewrite("real")
+
 
 @dataclass
 class Lora:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import train_fakes
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -146,6 +147,13 @@ class Patcher:
         twin.patches = {key: entries[:] for key, entries in self.patches.items()}
         return twin
 
+    def get_model_object(self, name):
+        return getattr(self.model, name)
+
+    def set_model_compute_dtype(self, dtype):
+        self.compute_dtype = dtype
+        self.patches_uuid = uuid.uuid4()
+
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         known = self.model.state_dict()
         added = []
@@ -219,16 +227,23 @@ def modules(folder):
     comfy.lora, comfy.model_management, comfy.weight_adapter = lora, management, adapters
     lora.model_lora_keys_unet, lora.model_lora_keys_clip = model_lora_keys_unet, model_lora_keys_clip
     management.interrupted = False
+    management.InterruptProcessingException = Interrupted
     management.throw_exception_if_processing_interrupted = throw_exception_if_processing_interrupted
     adapters.WeightAdapterBase = WeightAdapterBase
     paths.get_filename_list = lambda kind: sorted(p.name for p in Path(folder).glob("*.safetensors"))
     paths.get_full_path = get_full_path
-    return {m.__name__: m for m in (comfy, lora, management, adapters, paths)}
+    more = train_fakes.modules(folder, management, paths)
+    for module in more:
+        setattr(comfy, module.__name__.split(".")[1], module)
+    return {m.__name__: m for m in (comfy, lora, management, adapters, paths, *more)}
 
 
 def load_node(folder=PLUGIN):
     """Imports a folder of custom nodes the way the host does: from its path, under a name made of it."""
     name = str(folder).replace(".", "_x_")
+    for part in [known for known in sys.modules if known.startswith(f"{name}.")]:
+        # Of another host.
+        del sys.modules[part]
     spec = importlib.util.spec_from_file_location(name, Path(folder) / "__init__.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

@@ -419,7 +419,8 @@ def test_the_widgets(host):
     assert inputs["required"]["lora_1"][0] == ["None", "a.safetensors"]
     kind, options = inputs["optional"]["strength_clip_5"]
     assert kind == "FLOAT" and (options["min"], options["max"], options["default"]) == (-20.0, 20.0, 1.0)
-    assert host.package.NODE_DISPLAY_NAME_MAPPINGS == {"LyCoreLoraStack": "LyCore LoRA Stack"}
+    names = {"LyCoreLoraStack": "LyCore LoRA Stack", "LyCoreTrain": "LyCore Train"}
+    assert names == host.package.NODE_DISPLAY_NAME_MAPPINGS and names.keys() == host.package.NODE_CLASS_MAPPINGS.keys()
 
 
 def test_the_users_stop_button_works_between_rows(host):
