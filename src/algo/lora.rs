@@ -237,7 +237,7 @@ mod training {
     };
     use crate::error::Result;
     use crate::torch_ext::{multiply, product, Factor};
-    use tch::Tensor;
+    use tch::{Kind, Tensor};
 
     pub(in crate::algo) const BEGIN: Begin = Begin {
         names: &["lora", "locon"],
@@ -384,6 +384,20 @@ mod training {
             let grad_x = x.f_empty_like()?;
             product(&grad_x, Factor(&grad_t, false), Factor(down, false), 0.0, self.scale())?;
             Ok(Some(grad_x))
+        }
+
+        /// |U D|^2 is the sum of (U^T U) o (D D^T), so dW need not exist.
+        fn norm(&self, pass: &Pass) -> Result<Tensor> {
+            let (down, up) = (&pass.parameters[0], &pass.parameters[1]);
+            if self.tucker {
+                return Ok(self.delta(pass)?.f_to_kind(Kind::Double)?.f_norm()?);
+            }
+            let rank = down.size()[0];
+            let wide = |t: &Tensor| -> Result<Tensor> { Ok(t.f_to_kind(Kind::Double)?) };
+            let (down, up) = (wide(&down.f_reshape([rank, -1])?)?, wide(&up.f_reshape([-1, rank])?)?);
+            let (rows, columns) =
+                (up.f_transpose(0, 1)?.f_matmul(&up)?, down.f_matmul(&down.f_transpose(0, 1)?)?);
+            self.scaled(rows.f_mul(&columns)?.f_sum(Kind::Double)?.f_clamp_min(0.0)?.f_sqrt()?)
         }
 
         fn shrunk(&self, ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {

@@ -388,6 +388,11 @@ pub trait Trainable: Debug + Send {
         add_gradients(self.backward(pass, x, grad_y, want_input)?, into)
     }
 
+    /// The norm of dW over all its elements, in f64, on the device. Asked only of modules that [`Trainable::shrunk`] has factors for.
+    fn norm(&self, pass: &Pass) -> Result<Tensor> {
+        Ok(self.delta(pass)?.f_to_kind(Kind::Double)?.f_norm()?)
+    }
+
     /// Factors by which the parameters shrink so that dW becomes `ratio` (a number on the device) times what it is; `None` where no
     /// factor does that.
     fn shrunk(&self, _ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {

@@ -375,6 +375,8 @@ fn factors_shrink_the_change() {
         tch::no_grad(|| {
             let delta = |p: &[Torch]| subject.module.delta(&subject.pass(p, &subject.weight, None)).unwrap();
             assert_close(&subject.what, &delta(&smaller), &(delta(&leaves) * 0.37), 1e-9);
+            let norm = subject.module.norm(&subject.pass(&leaves, &subject.weight, None)).unwrap();
+            assert_close(&subject.what, &norm, &delta(&leaves).norm(), 1e-12);
         });
         some += 1;
     }

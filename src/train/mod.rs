@@ -12,6 +12,7 @@ mod file;
 mod init;
 mod modules;
 pub mod network;
+mod norms;
 pub mod optim;
 pub mod params;
 mod reader;

@@ -310,6 +310,9 @@ impl Network {
             built.params.zero_gradient()?;
             built.params.refresh()
         })?;
+        if let Some(most) = self.config.scale_weight_norms {
+            self.bound_norms(most)?;
+        }
         (self.steps, self.micro, self.dirty) = (steps + 1, 0, false);
         Ok(Step { step: self.steps, learning_rate, grad_norm, updated: true })
     }

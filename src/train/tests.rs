@@ -382,3 +382,39 @@ fn sixteen_bit_training_follows_fp32() {
         }
     }
 }
+
+#[test]
+fn norms_of_changes_are_bounded() {
+    let run = |bound: &str| {
+        let mut network = network(&RUN.replace("{\"network_dim\"", &format!("{{{bound}\"network_dim\"")));
+        for t in 0..30 {
+            micro_step(&mut network, t);
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("adapter.safetensors");
+        network.save(&file, Float::F32, &BTreeMap::new()).unwrap();
+        let file = File::open(&file).unwrap();
+        MODULES.map(|(name, weight, _)| {
+            let name = super::network::file_name(name);
+            let values = |slot: &str, rows: usize| {
+                let entry = file.get(&format!("{name}.{slot}")).unwrap();
+                let values: Vec<f32> = file
+                    .bytes(entry)
+                    .chunks_exact(4)
+                    .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+                    .collect();
+                Tensor::from_slice(&values).to_kind(Kind::Double).reshape([rows as i64, -1])
+            };
+            let rank = file.get(&format!("{name}.lora_down.weight")).unwrap().shape[0];
+            let alpha = values("alpha", 1).double_value(&[0, 0]);
+            let delta = values("lora_up.weight", weight[0]).matmul(&values("lora_down.weight", rank));
+            delta.norm().double_value(&[]) * alpha / rank as f64
+        })
+    };
+    let free = run("");
+    let most = free.iter().fold(0.0f64, |a, &b| a.max(b)) * 0.6;
+    assert!(free.iter().any(|&norm| norm > most) && free.iter().any(|&norm| norm < most), "{free:?}");
+    let bounded = run(&format!("\"scale_weight_norms\": {most}, "));
+    assert!(bounded.iter().all(|&norm| norm <= most * (1.0 + 1e-6)), "{bounded:?} above {most}");
+    assert!(bounded.iter().any(|&norm| norm > most * (1.0 - 1e-6)), "{bounded:?} far below {most}");
+}
