@@ -82,6 +82,12 @@ static KEYS: &[Key] = &[
     key("loraplus_lr_ratio", "1", "LoRA+: the rate of up factors, as a multiple"),
     key("loraplus_unet_lr_ratio", "loraplus_lr_ratio", "the same, in no text encoder"),
     key("loraplus_text_encoder_lr_ratio", "loraplus_lr_ratio", "the same, in text encoders"),
+    key("network_weights", "none", "path of an adapter file whose values the modules start with"),
+    key(
+        "dim_from_weights",
+        "false",
+        "algorithm, rank and alpha of each module are those of network_weights; layers that it lacks get no module",
+    ),
     key("scale_weight_norms", "none", "after each update every module whose norm of dW is above this is scaled down to it"),
     key("output_name", "none", "name of the adapter, written to the file"),
     key("training_comment", "none", "free text, written to the file"),
@@ -92,6 +98,8 @@ static KEYS: &[Key] = &[
 pub struct Config {
     pub(super) modules: Modules,
     pub(super) rates: Rates,
+    pub(super) network_weights: Option<String>,
+    pub(super) dim_from_weights: bool,
     pub(super) scale_weight_norms: Option<f64>,
     pub(crate) schedule: Schedule,
     pub(crate) max_grad_norm: f64,
@@ -190,6 +198,11 @@ impl Config {
         unknown_keys(map, "", &known, problems);
         let mut read = Reader { map, prefix: "", problems };
         let modules = Modules::read(&mut read);
+        let network_weights = read.text("network_weights");
+        let dim_from_weights = read.flag("dim_from_weights").unwrap_or(false);
+        if dim_from_weights && network_weights.is_none() {
+            read.problem("`dim_from_weights` needs network_weights".into());
+        }
         let optimizer = read.optimizer();
         let schedule = Schedule::read(&mut read, &optimizer);
         let max_grad_norm = read.number("max_grad_norm", 0.0).unwrap_or(1.0);
@@ -201,6 +214,8 @@ impl Config {
         Config {
             modules,
             rates: Rates::read(&mut read),
+            network_weights,
+            dim_from_weights,
             scale_weight_norms: read.number("scale_weight_norms", f64::MIN_POSITIVE),
             schedule,
             max_grad_norm,
@@ -222,14 +237,19 @@ impl Config {
     pub fn to_json(&self) -> Value {
         let mut json = json!({
             "max_grad_norm": self.max_grad_norm,
+            "dim_from_weights": self.dim_from_weights,
             "optimizer_type": self.optimizer.name(),
             "optimizer_args": self.optimizer.arguments(),
             "seed": self.seed,
             "mixed_precision": self.precision_name(),
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
         });
-        for (name, text) in [("output_name", &self.output_name), ("training_comment", &self.training_comment)]
-        {
+        let texts = [
+            ("network_weights", &self.network_weights),
+            ("output_name", &self.output_name),
+            ("training_comment", &self.training_comment),
+        ];
+        for (name, text) in texts {
             if let Some(text) = text {
                 json[name] = json!(text);
             }
@@ -315,7 +335,7 @@ mod tests {
                 "loraplus_lr_ratio": 16, "loraplus_unet_lr_ratio": 3, "loraplus_text_encoder_lr_ratio": 2, "scale_weight_norms": 1,
                 "network_dropout": 0.1, "rank_dropout": 0.2, "module_dropout": 0.3, "dora_wd": true, "wd_on_output": false}"#,
             r#"{"lr_scheduler": "polynomial", "max_train_steps": 9, "lr_scheduler_power": 2.5, "lr_scheduler_args": {"lr_end": 3e-6}}"#,
-            r#"{"lr_scheduler": "Inverse_Sqrt", "lr_scheduler_timescale": 12, "lr_warmup_steps": 3, "training_comment": "b"}"#,
+            r#"{"lr_scheduler": "Inverse_Sqrt", "lr_scheduler_timescale": 12, "lr_warmup_steps": 3, "training_comment": "b", "network_weights": "a", "dim_from_weights": true}"#,
             r#"{"lr_scheduler": "warmup_stable_decay", "max_train_steps": 20, "lr_decay_steps": 0.25, "lr_scheduler_num_cycles": 3,
                 "lr_scheduler_min_lr_ratio": 0.125}"#,
             r#"{"lr_scheduler": "cosine_with_min_lr", "max_train_steps": 20, "lr_scheduler_min_lr_ratio": 0}"#,

@@ -1,5 +1,6 @@
 //! A network's adapter file: written in kohya's form with its metadata, read to go on from any adapter that fits.
 
+use super::modules::Known;
 use super::network::{file_name, train, Built, Network};
 use super::params::to_host;
 use crate::adapter::safetensors::Writer;
@@ -9,7 +10,7 @@ use crate::dtype::{Dtype, Float};
 use crate::error::{Error, FileFault, Result};
 use serde_json::json;
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 /// Relative difference up to which two alphas are the same number: bf16 keeps no more.
@@ -191,6 +192,17 @@ impl Network {
         params.settle()?;
         Ok(taken)
     }
+}
+
+/// What an adapter file says about its modules, by their names in a network.
+pub(super) fn modules_of(path: &Path) -> Result<HashMap<String, Known>> {
+    let adapter = Adapter::open(path)?;
+    let known = |source: &crate::adapter::Module| Known {
+        algorithm: source.algorithm.name(),
+        rank: source.algorithm.rank(),
+        alpha: source.algorithm.alpha().map(f64::from),
+    };
+    Ok(adapter.modules().iter().map(|source| (file_name(&source.name), known(source))).collect())
 }
 
 /// Whether every value is finite, before and after rounding.

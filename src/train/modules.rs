@@ -59,6 +59,15 @@ pub(super) struct ModuleOptions {
     lr_weight: f64,
 }
 
+/// What an adapter file says about a module.
+#[derive(Clone, Debug)]
+pub(super) struct Known {
+    /// As `Algorithm::name`.
+    pub(super) algorithm: &'static str,
+    pub(super) rank: Option<usize>,
+    pub(super) alpha: Option<f64>,
+}
+
 /// What one layer gets.
 pub(super) struct Chosen {
     pub(super) begin: &'static Begin,
@@ -71,6 +80,21 @@ const SPECTRA: [(&str, Spectrum); 3] =
     [("principal", Spectrum::Principal), ("last", Spectrum::Last), ("middle", Spectrum::Middle)];
 /// Those that a norm of weights can go around.
 const DECOMPOSED: [&str; 3] = ["lora", "loha", "lokr"];
+
+impl Chosen {
+    /// The same with algorithm, rank and alpha of a file.
+    pub(super) fn known(self, known: &Known) -> Self {
+        let name = known.algorithm.to_lowercase();
+        let begin = TRAINED.iter().find(|begin| begin.names.contains(&name.as_str())).unwrap_or(self.begin);
+        let dim = known.rank.unwrap_or(self.rule.dim);
+        let alpha = match known.alpha {
+            // A missing or zero alpha means the rank.
+            None | Some(0.0) => dim as f64,
+            Some(alpha) => alpha,
+        };
+        Chosen { begin, rule: Rule { dim, alpha, ..self.rule }, ..self }
+    }
+}
 
 impl ModuleOptions {
     pub(super) fn read(read: &mut Reader) -> Self {

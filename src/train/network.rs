@@ -2,6 +2,7 @@
 
 use super::config::Config;
 use super::init;
+use super::modules::Known;
 use super::optim::{Layout, Optimizer};
 use super::params::{Params, Plan};
 use crate::algo::draw::{Draw, Dropout};
@@ -10,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::merge::bypass::{self, Geometry};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 /// Prefixes that a name has when it already stands as in a kohya file.
@@ -66,6 +68,8 @@ pub struct Network {
     pub(super) config: Config,
     pub(super) modules: Vec<Module>,
     names: HashMap<String, usize>,
+    /// The modules of `network_weights` by their names, where the options take ranks from them.
+    known: Option<HashMap<String, Known>>,
     pub(super) built: Option<Built>,
     pub(super) steps: u64,
     /// Calls of `step` since the last update.
@@ -87,7 +91,12 @@ pub(super) struct Built {
 impl Network {
     /// An empty network.
     pub fn new(config: Config) -> Result<Self> {
+        let known = match &config.network_weights {
+            Some(path) if config.dim_from_weights => Some(super::file::modules_of(Path::new(path))?),
+            _ => None,
+        };
         Ok(Network {
+            known,
             config,
             modules: Vec::new(),
             names: HashMap::new(),
@@ -138,7 +147,13 @@ impl Network {
             let what = format!("`{name}` is registered already, as module {other}: `{file_name}` can stand in a file only once");
             return Err(Error::argument(what, "register each weight once"));
         }
-        let Some(chosen) = self.config.modules.of([name, &file_name]).choose(&layer) else { return Ok(None) };
+        let Some(mut chosen) = self.config.modules.of([name, &file_name]).choose(&layer) else {
+            return Ok(None);
+        };
+        if let Some(known) = &self.known {
+            let Some(known) = known.get(&file_name) else { return Ok(None) };
+            chosen = chosen.known(known);
+        }
         let weight = weight.map(|w| tch::no_grad(|| w.f_to_kind(Kind::Float))).transpose()?;
         let algorithm = tch::no_grad(|| (chosen.begin.new)(&layer, &chosen.rule, weight.as_ref()))?;
         let text_encoder = file_name.starts_with("lora_te");
@@ -185,7 +200,7 @@ impl Network {
         &self.config
     }
 
-    /// Allocates parameters, gradient and optimizer state on `device`. No module can be added after it.
+    /// Allocates parameters, gradient and optimizer state on `device`, and takes the values of `network_weights`. No module can be added after it.
     pub fn build(&mut self, device: Device) -> Result<()> {
         if self.built.is_some() {
             return Err(train("the network is built already", "make a new network for another device"));
@@ -222,6 +237,11 @@ impl Network {
             true => Some(Tensor::f_zeros([0i64; 0], (Kind::Int64, device))?),
         };
         self.built = Some(Built { params, optimizer, device, draws });
+        if let Some(path) = self.config.network_weights.clone() {
+            let loaded = self.load_weights(Path::new(&path));
+            // Start values of another kind are none.
+            loaded.inspect_err(|_| self.built = None)?;
+        }
         Ok(())
     }
 

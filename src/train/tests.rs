@@ -418,3 +418,25 @@ fn norms_of_changes_are_bounded() {
     assert!(bounded.iter().all(|&norm| norm <= most * (1.0 + 1e-6)), "{bounded:?} above {most}");
     assert!(bounded.iter().any(|&norm| norm > most * (1.0 - 1e-6)), "{bounded:?} far below {most}");
 }
+
+#[test]
+fn a_network_takes_ranks_and_values_from_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("adapter.safetensors");
+    let mut first = network(r#"{"network_dim": 3, "network_alpha": 2, "conv_dim": 5, "seed": 4}"#);
+    micro_step(&mut first, 0);
+    first.save(&file, Float::F32, &BTreeMap::new()).unwrap();
+    let options = |dim: bool| {
+        format!(r#"{{"network_weights": {:?}, "dim_from_weights": {dim}}}"#, file.to_str().unwrap())
+    };
+    let second = network(&options(true));
+    assert_eq!(bits(&second), bits(&first));
+    let mut other = Network::new(Config::parse(&options(true)).unwrap()).unwrap();
+    assert_eq!(other.add_module("not.in.it", &[4, 4], Geometry::default()).unwrap(), None);
+    // Without them the ranks differ, which is told, and nothing is built.
+    let mut third = Network::new(Config::parse(&options(false)).unwrap()).unwrap();
+    third.add_module("b.linear", &[5, 6], Geometry::default()).unwrap();
+    let text = third.build(Device::Cpu).unwrap_err().to_string();
+    assert!(text.contains("has shape [3, 6], this network [16, 6]"), "{text}");
+    assert!(third.parameters().is_err());
+}
