@@ -112,6 +112,9 @@
 // lycore_network_buffer: the fp32 gradients, flat, summed since the last update.
 #define LYCORE_BUFFER_GRADIENTS 1
 
+// lycore_network_buffer: the average of the parameters that ema_decay keeps, fp32, flat. It starts where they are in the first step.
+#define LYCORE_BUFFER_EMA 2
+
 // The result of a call. 0 is success; numbers are never given a second meaning. New ones may appear: treat an unknown one as an error.
 enum lycore_status
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -348,6 +351,8 @@ typedef struct lycore_step {
   double gradient_norm;
   // False in the middle of a gradient accumulation: nothing was changed yet.
   bool updated;
+  // Steps that nobody waited for and that were left out, as their gradient was not finite, since this was last told.
+  uint64_t skipped;
 } lycore_step;
 
 #ifdef __cplusplus
@@ -824,7 +829,10 @@ lycore_status lycore_network_backward(struct lycore_network *network,
                                       struct lycore_error **error);
 
 // One optimizer step from the gradients summed so far: clip, update, clear. In the middle of an accumulation it only counts.
-// A gradient that is not finite is LYCORE_TRAIN; parameters, state and step count are then as before. `out` may be NULL.
+//
+// With `out` it waits for the device and tells what it did. A gradient that is not finite is LYCORE_TRAIN; parameters, state and step count
+// are then as before. With `out` NULL it tells nothing: such a gradient is cleared, nothing else changes, and lycore_network_results tells
+// of it later. It does not wait then (optimizers other than those that lycore_network_hold takes do, for the norm).
 //
 // # Safety
 // `out` is NULL or points to a struct whose struct_size is set. `error` is NULL or may be written.
@@ -832,6 +840,42 @@ lycore_status lycore_network_step(struct lycore_network *network,
                                   void *stream,
                                   struct lycore_step *out,
                                   struct lycore_error **error);
+
+// What the last step did, and how many were left out since this was last told, by it or by lycore_network_step. Waits for all work on the
+// device. `updated` is whether that step changed the parameters.
+//
+// # Safety
+// `out` points to a struct whose struct_size is set. `error` is NULL or may be written.
+lycore_status lycore_network_results(struct lycore_network *network,
+                                     struct lycore_step *out,
+                                     struct lycore_error **error);
+
+// While a network is held, steps change nothing but the gradients, which they clear. For CUDA graphs:
+//
+// A whole step (forward, backward, lycore_network_step with `out` NULL on the capturing stream, once per micro-batch of the accumulation) can be
+// captured, with the optimizers AdamW, AdamW8bit, Lion, SGDNesterov, AdamWScheduleFree and RAdamScheduleFree on a GPU that the library has
+// kernels for; LYCORE_UNSUPPORTED otherwise. The count of steps, the learning rate and whether a gradient is finite are kept on the device, so a
+// replay is a step like any other. In this order: hold; run the step once or more, so that all that is made on first use is there; let go;
+// capture; then before each launch lycore_network_prepare_replay, and lycore_network_results whenever something is to be told. Saving and
+// loading may come between replays. The graph must not be launched once the network is freed.
+//
+// # Safety
+// `error` is NULL or may be written.
+lycore_status lycore_network_hold(struct lycore_network *network,
+                                  bool held,
+                                  void *stream,
+                                  struct lycore_error **error);
+
+// Tells that a captured graph in which the network does `updates` updates (at most 4096) is about to be launched on `stream`: makes sure that
+// their learning rates are on the device. Waits for the stream once in some thousand updates. A replay that comes without it is left out once
+// the rates are used up, and lycore_network_results says so.
+//
+// # Safety
+// `error` is NULL or may be written.
+lycore_status lycore_network_prepare_replay(struct lycore_network *network,
+                                            uint64_t updates,
+                                            void *stream,
+                                            struct lycore_error **error);
 
 // Clears the gradients, for example after a batch that shall not count.
 //
@@ -862,7 +906,7 @@ lycore_status lycore_network_refresh(struct lycore_network *network,
                                      struct lycore_error **error);
 
 // How far the training is, for example after lycore_network_load_state: updates done, and calls of lycore_network_step since the last one
-// (more than 0 in the middle of a gradient accumulation).
+// (more than 0 in the middle of a gradient accumulation). Waits for the device if there were steps that nobody waited for.
 //
 // # Safety
 // `steps` and `micro_steps` may be written. `error` is NULL or may be written.
@@ -874,13 +918,14 @@ lycore_status lycore_network_progress(const struct lycore_network *network,
 // Number of trainable parameters; 0 when `network` is not a live network.
 uint64_t lycore_network_parameter_count(const struct lycore_network *network);
 
-// Writes the adapter as a kohya safetensors file with training metadata, whole or not at all. `dtype` is NULL (fp32) or "fp32", "fp16", "bf16";
-// `metadata` is NULL or a JSON object of texts to add.
+// Writes the adapter as a kohya safetensors file with training metadata, whole or not at all. `which` is LYCORE_BUFFER_PARAMETERS or
+// LYCORE_BUFFER_EMA; `dtype` is NULL (fp32) or "fp32", "fp16", "bf16"; `metadata` is NULL or a JSON object of texts to add.
 //
 // # Safety
 // The texts are NULL or NUL-terminated UTF-8, `path` is not NULL. `error` is NULL or may be written.
 lycore_status lycore_network_save(struct lycore_network *network,
                                   const char *path,
+                                  int32_t which,
                                   const char *dtype,
                                   const char *metadata,
                                   struct lycore_error **error);

@@ -46,6 +46,7 @@ LYCORE_LAYER_GROUP_NORM = 3
 LYCORE_NO_MODULE = 4294967295
 LYCORE_BUFFER_PARAMETERS = 0
 LYCORE_BUFFER_GRADIENTS = 1
+LYCORE_BUFFER_EMA = 2
 
 
 class lycore_status(IntEnum):
@@ -186,6 +187,7 @@ class lycore_step(Structure):
         ("learning_rate", c_double),
         ("gradient_norm", c_double),
         ("updated", c_bool),
+        ("skipped", c_uint64),
     ]
 
 
@@ -375,6 +377,12 @@ def declare(library: CDLL) -> None:
     ]
     library.lycore_network_step.restype = c_int32
     library.lycore_network_step.argtypes = [c_void_p, c_void_p, POINTER(lycore_step), POINTER(c_void_p)]
+    library.lycore_network_results.restype = c_int32
+    library.lycore_network_results.argtypes = [c_void_p, POINTER(lycore_step), POINTER(c_void_p)]
+    library.lycore_network_hold.restype = c_int32
+    library.lycore_network_hold.argtypes = [c_void_p, c_bool, c_void_p, POINTER(c_void_p)]
+    library.lycore_network_prepare_replay.restype = c_int32
+    library.lycore_network_prepare_replay.argtypes = [c_void_p, c_uint64, c_void_p, POINTER(c_void_p)]
     library.lycore_network_zero_gradients.restype = c_int32
     library.lycore_network_zero_gradients.argtypes = [c_void_p, c_void_p, POINTER(c_void_p)]
     library.lycore_network_buffer.restype = c_int32
@@ -386,7 +394,7 @@ def declare(library: CDLL) -> None:
     library.lycore_network_parameter_count.restype = c_uint64
     library.lycore_network_parameter_count.argtypes = [c_void_p]
     library.lycore_network_save.restype = c_int32
-    library.lycore_network_save.argtypes = [c_void_p, c_char_p, c_char_p, c_char_p, POINTER(c_void_p)]
+    library.lycore_network_save.argtypes = [c_void_p, c_char_p, c_int32, c_char_p, c_char_p, POINTER(c_void_p)]
     library.lycore_network_save_state.restype = c_int32
     library.lycore_network_save_state.argtypes = [c_void_p, c_char_p, POINTER(c_void_p)]
     library.lycore_network_load_state.restype = c_int32

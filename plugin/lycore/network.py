@@ -9,9 +9,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import byref, c_bool, c_uint64, sizeof
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._binding import (
+    LYCORE_BUFFER_EMA,
     LYCORE_BUFFER_GRADIENTS,
     LYCORE_BUFFER_PARAMETERS,
     LYCORE_DEVICE_CPU,
@@ -23,13 +24,14 @@ from ._binding import (
 )
 from ._library import Closable, Owned, load
 from .adapter import encoded_path
-from .errors import AdapterKeyError, DeviceError
+from .errors import AdapterKeyError, ArgumentError, DeviceError
 
 if TYPE_CHECKING:
     import torch
 
 Targets = Callable[[str, "torch.nn.Module"], bool] | Sequence[str] | str
 """Which layers: a function of name and layer, or patterns of names in which `*` stands for any text."""
+Result = TypeVar("Result")
 
 
 class Network(Closable):
@@ -45,10 +47,12 @@ class Network(Closable):
         library = load(torch=True)
         text = json.dumps(dict(config or {})).encode()
         self._owner: Owned | None = library.new("lycore_network_new", "lycore_network_free", text)
+        self._accumulates = int((config or {}).get("gradient_accumulation_steps") or 1)
         self.names: list[str] = []
         """The layers' names, in the order in which they were added."""
         self._hooks: list[Any] = []
         self._device: Any = None
+        self._calls = 0
 
     @staticmethod
     def schema() -> str:
@@ -118,23 +122,78 @@ class Network(Closable):
         else:
             index = place.index if place.index is not None else torch.cuda.current_device()
             described = lycore_device(LYCORE_DEVICE_CUDA, index)
+            place = torch.device("cuda", index)
         self._call("lycore_network_build", described)
+        self._device = place
 
-    def step(self) -> dict[str, Any]:
+    def step(self, wait: bool = True) -> dict[str, Any] | None:
         """One optimizer step from the gradients summed so far: clip, update, clear. In the middle of an accumulation
         it only counts.
 
-        Returns {"step", "learning_rate", "gradient_norm", "updated"}. TrainError for a gradient that is not finite;
-        parameters, state and step count are then as before.
+        Returns {"step", "learning_rate", "gradient_norm", "updated", "skipped"}. TrainError for a gradient that is not
+        finite; parameters, state and step count are then as before.
+
+        With `wait=False` it returns None and leaves the device to its work: such a gradient is cleared, nothing else
+        changes, and `results` counts it. (Optimizers that `capture` does not take wait all the same.)
         """
+        self._calls += 1
+        if not wait:
+            self._call("lycore_network_step", None, None)
+            return None
         done = lycore_step(struct_size=sizeof(lycore_step))
         self._call("lycore_network_step", None, byref(done))
-        return {
-            "step": done.step,
-            "learning_rate": done.learning_rate,
-            "gradient_norm": done.gradient_norm,
-            "updated": done.updated,
-        }
+        return _told(done)
+
+    def results(self) -> dict[str, Any]:
+        """What the last step did, as `step` tells it; "skipped" are those that were left out, as their gradient was not
+        finite, since this was last told. Waits for the device.
+        """
+        done = lycore_step(struct_size=sizeof(lycore_step))
+        self._call("lycore_network_results", byref(done))
+        return _told(done)
+
+    def capture(self, function: Callable[[], Result], *, warmup: int = 3) -> Callable[[], Result]:
+        """A function that does what `function` does, as one CUDA graph: without the time that Python needs.
+
+        `function` computes a loss from tensors that stay where they are, calls `loss.backward()` and
+        `step(wait=False)`; with gradient accumulation so for each micro-batch of one or more updates. Before a call of
+        the result copy new data into those tensors. A call returns what `function` returned, the same tensors each
+        time, so the loss can be among them; `results` tells the rest. All else works as between steps, also saving and
+        loading a state. The network has to live as long as the result is used.
+
+        First runs `function` `warmup` times, without changing the network (gradients are cleared) or torch's random
+        numbers. UnsupportedError, which names them, unless the optimizer is one of those that can be captured.
+        """
+        import torch
+
+        if self.progress[1]:
+            raise ArgumentError("The network is in the middle of an accumulation.", hint="end it, or zero_gradients")
+        self._call("lycore_network_hold", True, None)
+        stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
+        try:
+            with torch.random.fork_rng([self._device.index]), torch.cuda.stream(stream):
+                for _ in range(max(1, warmup)):
+                    before = self._calls
+                    function()
+        finally:
+            current.wait_stream(stream)
+            self._call("lycore_network_hold", False, None)
+        updates, left = divmod(self._calls - before, self._accumulates)
+        if left or not updates:
+            self.zero_gradients()
+            what = f"The function calls step {self._calls - before} times; updates take {self._accumulates} each."
+            raise ArgumentError(what, hint="capture whole updates")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=stream):
+            result = function()
+
+        def replay() -> Result:
+            self._call("lycore_network_prepare_replay", updates, None)
+            graph.replay()
+            return result
+
+        return replay
 
     def zero_gradients(self) -> None:
         """Clears the gradients, for example after a batch that shall not count."""
@@ -164,21 +223,35 @@ class Network(Closable):
         return self._buffer(LYCORE_BUFFER_GRADIENTS)
 
     @property
+    def ema(self) -> torch.Tensor:
+        """The average of the parameters that `ema_decay` keeps, laid out as they are; a view. It starts where they are
+        in the first step.
+        """
+        return self._buffer(LYCORE_BUFFER_EMA)
+
+    @property
     def parameter_count(self) -> int:
         """Number of trainable parameters."""
         owner = self._handle()
         return owner.library.functions.lycore_network_parameter_count(owner)
 
     def save(
-        self, path: str | os.PathLike[str], dtype: str = "fp32", metadata: Mapping[str, str] | None = None
+        self,
+        path: str | os.PathLike[str],
+        dtype: str = "fp32",
+        metadata: Mapping[str, str] | None = None,
+        *,
+        ema: bool = False,
     ) -> None:
         """Writes the adapter as a kohya safetensors file, whole or not at all.
 
-        `dtype` is "fp32", "fp16" or "bf16"; `metadata` is added. With a schedule-free optimizer the file gets the
-        average, which `parameters`, where gradients are taken, is not.
+        `dtype` is "fp32", "fp16" or "bf16"; `metadata` is added. With `ema` the file gets the average that `ema_decay`
+        keeps. With a schedule-free optimizer it gets that one's average, which `parameters`, where gradients are taken,
+        is not.
         """
         added = None if metadata is None else json.dumps(dict(metadata)).encode()
-        self._call("lycore_network_save", encoded_path(os.fspath(path)), dtype.encode(), added)
+        which = LYCORE_BUFFER_EMA if ema else LYCORE_BUFFER_PARAMETERS
+        self._call("lycore_network_save", encoded_path(os.fspath(path)), which, dtype.encode(), added)
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Writes everything that a resumed run needs to go on bit for bit. The order of the data is the host's."""
@@ -210,6 +283,16 @@ class Network(Closable):
         cuda_index = described.device.device_id if described.device.device_type == LYCORE_DEVICE_CUDA else None
         address = (described.data or 0) + described.byte_offset
         return _autograd.view_of(address, described.shape[0], cuda_index, self._handle())
+
+
+def _told(done: lycore_step) -> dict[str, Any]:
+    return {
+        "step": done.step,
+        "learning_rate": done.learning_rate,
+        "gradient_norm": done.gradient_norm,
+        "updated": done.updated,
+        "skipped": done.skipped,
+    }
 
 
 def _wanted(targets: Targets | None, name: str, layer: torch.nn.Module) -> bool:

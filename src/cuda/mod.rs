@@ -2,7 +2,8 @@
 //! and needs neither libtorch nor the CUDA toolkit: the driver's library is looked up at run time.
 //!
 //! The host (torch, mostly) owns the device. So: its primary context, pushed for the length of a call and popped again; its streams,
-//! with all work ordered on them; no call that waits for the whole device, and none that allocates or frees in a way that does.
+//! with all work ordered on them; no call that waits for the whole device ([`Gpu::synchronize`] alone does, and says so), and none that
+//! allocates or frees in a way that does.
 //!
 //! Order between calls on different streams is kept by events ([`Gpu::on`]): a call's stream first waits for all that ended before
 //! it, and leaves an event behind. Memory may therefore be dropped at any time: it is freed on a stream of this library's own, behind
@@ -16,7 +17,7 @@ mod release;
 mod tests;
 
 pub use memory::{Buffer, Pinned, ALIGN};
-pub use queue::{Arg, Queue};
+pub use queue::{Arg, Launcher, Queue};
 
 use crate::error::{Error, Result};
 use cudarc::driver::sys;
@@ -319,7 +320,7 @@ fn check(code: sys::CUresult, doing: impl FnOnce() -> String) -> Result<()> {
         ),
         // The context is lost, by this library or by another: nothing works in this process any more.
         700 | 702 | 710 | 714..=719 => "restart the process; CUDA_LAUNCH_BLOCKING=1 shows which launch fails".into(),
-        900..=908 => "do not call LyCore while a CUDA graph is captured".into(),
+        900..=908 => "while a CUDA graph is captured, call only what says that it can be captured".into(),
         _ => return Err(Error::Backend(what)),
     };
     Err(Error::Device { what, hint })

@@ -60,6 +60,51 @@ impl Gpu {
         end.map(|()| value)
     }
 
+    /// Runs `work`, which launches kernels on `stream`, with the device's context current, and outside the order of calls: for memory that
+    /// the host owns and whose use its streams order. The stream may be captured into a graph.
+    pub fn beside<T>(&'static self, stream: Stream, work: impl FnOnce(&Launcher) -> Result<T>) -> Result<T> {
+        let current = self.enter()?;
+        work(&Launcher { gpu: self, stream: stream.raw(), _current: current })
+    }
+
+    /// Waits for everything on the device.
+    pub fn synchronize(&self) -> Result<()> {
+        let _current = self.enter()?;
+        // SAFETY: the context is current.
+        self.check(unsafe { sys::cuCtxSynchronize() }, || "waiting for the device".into())
+    }
+
+    /// [`Queue::launch`]; the context is current.
+    ///
+    /// # Safety
+    /// As there; the stream is alive.
+    #[allow(clippy::too_many_arguments)] // The driver's own, in one place.
+    unsafe fn launch(
+        &self,
+        stream: sys::CUstream,
+        file: &str,
+        kernel: &str,
+        grid: [u32; 3],
+        threads: u32,
+        shared: usize,
+        args: &[Arg<'_>],
+    ) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let function = self.function(file, kernel, shared)?;
+        let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::pointer).collect();
+        let [x, y, z] = grid;
+        let (params, extra) = (pointers.as_mut_ptr(), std::ptr::null_mut());
+        // SAFETY: the caller's promise; the driver reads the parameters before it returns.
+        let code = unsafe {
+            sys::cuLaunchKernel(function, x, y, z, threads, 1, 1, shared as u32, stream, params, extra)
+        };
+        self.check(code, || {
+            format!("launching {file}::{kernel} (grid {grid:?}, {threads} threads, {shared} bytes of shared memory)")
+        })
+    }
+
     /// Frees device memory behind all that has been enqueued so far.
     pub(super) fn free(&self, address: u64) -> Result<()> {
         let _current = self.enter()?;
@@ -114,6 +159,15 @@ impl Gpu {
         self.check(unsafe { sys::cuStreamWaitEvent(stream, event, 0) }, || "ordering two streams".into())
     }
 
+    /// Whether what is enqueued on the stream goes into a graph instead of being run. The context is current.
+    fn is_capturing(&self, stream: sys::CUstream) -> Result<bool> {
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: the stream is alive; the pointer is to a live value.
+        let code = unsafe { sys::cuStreamIsCapturing(stream, &mut status) };
+        self.check(code, || "looking at the stream".into())?;
+        Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
     /// Whether the stream can take work: it is this device's and is not being captured.
     fn accepts(&self, stream: Stream) -> Result<()> {
         if stream.0 == PER_THREAD {
@@ -123,19 +177,16 @@ impl Gpu {
             ));
         }
         let raw = stream.raw();
-        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-        let mut context = std::ptr::null_mut();
-        // SAFETY: `Stream::from_raw` was promised a live stream; the pointers are to live values.
-        unsafe {
-            self.check(sys::cuStreamIsCapturing(raw, &mut status), || "looking at the stream".into())?;
-            if status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
-                return Err(Error::Device {
-                    what: format!("cuda:{}: the stream is being captured into a CUDA graph", self.index),
-                    hint: "do not call LyCore while a CUDA graph is captured".into(),
-                });
-            }
-            self.check(sys::cuStreamGetCtx(raw, &mut context), || "looking at the stream".into())?;
+        if self.is_capturing(raw)? {
+            return Err(Error::Device {
+                what: format!("cuda:{}: the stream is being captured into a CUDA graph", self.index),
+                hint: "while a CUDA graph is captured, call only what says that it can be captured".into(),
+            });
         }
+        let mut context = std::ptr::null_mut();
+        // SAFETY: `Stream::from_raw` was promised a live stream; the pointer is to a live value.
+        let code = unsafe { sys::cuStreamGetCtx(raw, &mut context) };
+        self.check(code, || "looking at the stream".into())?;
         if context == self.context {
             return Ok(());
         }
@@ -338,20 +389,8 @@ impl Queue {
         shared: usize,
         args: &[Arg<'_>],
     ) -> Result<()> {
-        if grid.contains(&0) {
-            return Ok(());
-        }
-        let function = self.gpu.function(file, kernel, shared)?;
-        let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::pointer).collect();
-        let [x, y, z] = grid;
-        let (params, extra) = (pointers.as_mut_ptr(), std::ptr::null_mut());
-        // SAFETY: the caller's promise; the driver reads the parameters before it returns.
-        let code = unsafe {
-            sys::cuLaunchKernel(function, x, y, z, threads, 1, 1, shared as u32, self.stream, params, extra)
-        };
-        self.gpu.check(code, || {
-            format!("launching {file}::{kernel} (grid {grid:?}, {threads} threads, {shared} bytes of shared memory)")
-        })
+        // SAFETY: the caller's promise.
+        unsafe { self.gpu.launch(self.stream, file, kernel, grid, threads, shared, args) }
     }
 
     /// Waits for this stream, and only for it.
@@ -367,6 +406,36 @@ impl Drop for Queue {
             // `work` panicked: what it enqueued is ordered all the same, and the panic says more than an error here could.
             let _ = self.finish();
         }
+    }
+}
+
+/// A stream that takes kernels, for the length of one [`Gpu::beside`].
+pub struct Launcher {
+    gpu: &'static Gpu,
+    stream: sys::CUstream,
+    _current: Current,
+}
+
+impl Launcher {
+    /// Whether what is launched goes into a graph instead of being run.
+    pub fn is_capturing(&self) -> Result<bool> {
+        self.gpu.is_capturing(self.stream)
+    }
+
+    /// As [`Queue::launch`], without dynamic shared memory.
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn launch(
+        &self,
+        file: &str,
+        kernel: &str,
+        blocks: u32,
+        threads: u32,
+        args: &[Arg<'_>],
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.gpu.launch(self.stream, file, kernel, [blocks, 1, 1], threads, 0, args) }
     }
 }
 

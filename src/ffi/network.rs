@@ -71,6 +71,8 @@ pub struct lycore_layer {
 pub const LYCORE_BUFFER_PARAMETERS: i32 = 0;
 /// lycore_network_buffer: the fp32 gradients, flat, summed since the last update.
 pub const LYCORE_BUFFER_GRADIENTS: i32 = 1;
+/// lycore_network_buffer: the average of the parameters that ema_decay keeps, fp32, flat. It starts where they are in the first step.
+pub const LYCORE_BUFFER_EMA: i32 = 2;
 
 /// What lycore_network_step did.
 #[repr(C)]
@@ -85,6 +87,19 @@ pub struct lycore_step {
     pub gradient_norm: f64,
     /// False in the middle of a gradient accumulation: nothing was changed yet.
     pub updated: bool,
+    /// Steps that nobody waited for and that were left out, as their gradient was not finite, since this was last told.
+    pub skipped: u64,
+}
+
+#[cfg(feature = "torch")]
+impl lycore_step {
+    fn tell(&mut self, step: train::Step) {
+        self.step = step.step;
+        self.learning_rate = step.learning_rate;
+        self.gradient_norm = step.grad_norm;
+        self.updated = step.updated;
+        self.skipped = step.skipped;
+    }
 }
 
 #[cfg(feature = "torch")]
@@ -94,8 +109,8 @@ type Held = Mutex<HeldNetwork>;
 pub(super) struct HeldNetwork {
     pub(super) network: train::Network,
     /// What `lycore_network_buffer` points to.
-    shapes: [[i64; 1]; 2],
-    strides: [[i64; 1]; 2],
+    shapes: [[i64; 1]; 3],
+    strides: [[i64; 1]; 3],
     device: Device,
 }
 
@@ -143,7 +158,7 @@ pub unsafe extern "C" fn lycore_network_new(
             let (config, out) = (boundary::text(config, "config")?, boundary::out(out, "out")?);
             training! {
                 let network = train::Network::new(train::Config::parse(config)?)?;
-                let held = HeldNetwork { network, shapes: [[0]; 2], strides: [[1]; 2], device: Device::Cpu };
+                let held = HeldNetwork { network, shapes: [[0]; 3], strides: [[1]; 3], device: Device::Cpu };
                 *out = handle::new(Mutex::new(held)).cast();
                 Ok(())
             }
@@ -421,7 +436,10 @@ pub unsafe extern "C" fn lycore_network_backward(
 }
 
 /// One optimizer step from the gradients summed so far: clip, update, clear. In the middle of an accumulation it only counts.
-/// A gradient that is not finite is LYCORE_TRAIN; parameters, state and step count are then as before. `out` may be NULL.
+///
+/// With `out` it waits for the device and tells what it did. A gradient that is not finite is LYCORE_TRAIN; parameters, state and step count
+/// are then as before. With `out` NULL it tells nothing: such a gradient is cleared, nothing else changes, and lycore_network_results tells
+/// of it later. It does not wait then (optimizers other than those that lycore_network_hold takes do, for the norm).
 ///
 /// # Safety
 /// `out` is NULL or points to a struct whose struct_size is set. `error` is NULL or may be written.
@@ -439,14 +457,87 @@ pub unsafe extern "C" fn lycore_network_step(
                 boundary::sized(out, "out")?;
             }
             training! {
-                let step = on_network(network, |n| in_scope(n.device, stream, |_| Ok(n.network.step()?)))?;
-                if let Some(out) = out.as_mut() {
-                    out.step = step.step;
-                    out.learning_rate = step.learning_rate;
-                    out.gradient_norm = step.grad_norm;
-                    out.updated = step.updated;
-                }
+                on_network(network, |n| {
+                    in_scope(n.device, stream, |_| match out.as_mut() {
+                        None => Ok(n.network.step_ahead()?),
+                        Some(out) => {
+                            out.tell(n.network.step()?);
+                            Ok(())
+                        }
+                    })
+                })
+            }
+        })
+    }
+}
+
+/// What the last step did, and how many were left out since this was last told, by it or by lycore_network_step. Waits for all work on the
+/// device. `updated` is whether that step changed the parameters.
+///
+/// # Safety
+/// `out` points to a struct whose struct_size is set. `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_network_results(
+    network: *mut lycore_network,
+    out: *mut lycore_step,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            boundary::sized(out, "out")?;
+            training! {
+                (*out).tell(on_network(network, |n| Ok(n.network.results()?))?);
                 Ok(())
+            }
+        })
+    }
+}
+
+/// While a network is held, steps change nothing but the gradients, which they clear. For CUDA graphs:
+///
+/// A whole step (forward, backward, lycore_network_step with `out` NULL on the capturing stream, once per micro-batch of the accumulation) can be
+/// captured, with the optimizers AdamW, AdamW8bit, Lion, SGDNesterov, AdamWScheduleFree and RAdamScheduleFree on a GPU that the library has
+/// kernels for; LYCORE_UNSUPPORTED otherwise. The count of steps, the learning rate and whether a gradient is finite are kept on the device, so a
+/// replay is a step like any other. In this order: hold; run the step once or more, so that all that is made on first use is there; let go;
+/// capture; then before each launch lycore_network_prepare_replay, and lycore_network_results whenever something is to be told. Saving and
+/// loading may come between replays. The graph must not be launched once the network is freed.
+///
+/// # Safety
+/// `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_network_hold(
+    network: *mut lycore_network,
+    held: bool,
+    stream: *mut c_void,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            training! { on_network(network, |n| in_scope(n.device, stream, |_| Ok(n.network.hold(held)?))) }
+        })
+    }
+}
+
+/// Tells that a captured graph in which the network does `updates` updates (at most 4096) is about to be launched on `stream`: makes sure that
+/// their learning rates are on the device. Waits for the stream once in some thousand updates. A replay that comes without it is left out once
+/// the rates are used up, and lycore_network_results says so.
+///
+/// # Safety
+/// `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_network_prepare_replay(
+    network: *mut lycore_network,
+    updates: u64,
+    stream: *mut c_void,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            training! {
+                on_network(network, |n| in_scope(n.device, stream, |_| Ok(n.network.prepare_replay(updates)?)))
             }
         })
     }
@@ -494,6 +585,7 @@ pub unsafe extern "C" fn lycore_network_buffer(
                     let (at, buffer) = match which {
                         LYCORE_BUFFER_PARAMETERS => (0, n.network.parameters()?),
                         LYCORE_BUFFER_GRADIENTS => (1, n.network.gradients()?),
+                        LYCORE_BUFFER_EMA => (2, n.network.ema()?),
                         other => {
                             let message = format!("`which` is {other}, it must be one of LYCORE_BUFFER_*");
                             return Err(Failure::boundary(LYCORE_BAD_ARGUMENT, message));
@@ -530,7 +622,7 @@ pub unsafe extern "C" fn lycore_network_refresh(
 }
 
 /// How far the training is, for example after lycore_network_load_state: updates done, and calls of lycore_network_step since the last one
-/// (more than 0 in the middle of a gradient accumulation).
+/// (more than 0 in the middle of a gradient accumulation). Waits for the device if there were steps that nobody waited for.
 ///
 /// # Safety
 /// `steps` and `micro_steps` may be written. `error` is NULL or may be written.
@@ -547,7 +639,7 @@ pub unsafe extern "C" fn lycore_network_progress(
             let (steps, micro_steps) =
                 (boundary::out(steps, "steps")?, boundary::out(micro_steps, "micro_steps")?);
             training! {
-                (*steps, *micro_steps) = on_network(network, |n| Ok(n.network.progress()))?;
+                (*steps, *micro_steps) = on_network(network, |n| Ok(n.network.progress()?))?;
                 Ok(())
             }
         })
@@ -560,8 +652,8 @@ pub extern "C" fn lycore_network_parameter_count(network: *const lycore_network)
     boundary::value(0, || training! { on_network(network, |n| Ok(n.network.parameter_count() as u64)) })
 }
 
-/// Writes the adapter as a kohya safetensors file with training metadata, whole or not at all. `dtype` is NULL (fp32) or "fp32", "fp16", "bf16";
-/// `metadata` is NULL or a JSON object of texts to add.
+/// Writes the adapter as a kohya safetensors file with training metadata, whole or not at all. `which` is LYCORE_BUFFER_PARAMETERS or
+/// LYCORE_BUFFER_EMA; `dtype` is NULL (fp32) or "fp32", "fp16", "bf16"; `metadata` is NULL or a JSON object of texts to add.
 ///
 /// # Safety
 /// The texts are NULL or NUL-terminated UTF-8, `path` is not NULL. `error` is NULL or may be written.
@@ -569,6 +661,7 @@ pub extern "C" fn lycore_network_parameter_count(network: *const lycore_network)
 pub unsafe extern "C" fn lycore_network_save(
     network: *mut lycore_network,
     path: *const c_char,
+    which: i32,
     dtype: *const c_char,
     metadata: *const c_char,
     error: *mut *mut lycore_error,
@@ -581,11 +674,16 @@ pub unsafe extern "C" fn lycore_network_save(
             let word = boundary::optional_text(dtype, "dtype")?.unwrap_or("fp32");
             let dtype = Float::parse(word)
                 .ok_or_else(|| bad(format!("`dtype` is `{word}`, it must be fp32, fp16 or bf16")))?;
+            let ema = match which {
+                LYCORE_BUFFER_PARAMETERS => false,
+                LYCORE_BUFFER_EMA => true,
+                other => return Err(bad(format!("`which` is {other}, no values that a file can have"))),
+            };
             let metadata: std::collections::BTreeMap<String, String> =
                 serde_json::from_str(boundary::optional_text(metadata, "metadata")?.unwrap_or("{}"))
                     .map_err(|e| bad(format!("`metadata` is not a JSON object of texts: {e}")))?;
             training! {
-                on_network(network, |n| Ok(n.network.save(Path::new(path), dtype, &metadata)?))
+                on_network(network, |n| Ok(n.network.save(Path::new(path), dtype, &metadata, ema)?))
             }
         })
     }

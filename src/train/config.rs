@@ -1,6 +1,7 @@
 //! The options of a training run: read from JSON, checked completely, all problems told at once.
 
 use super::modules::{self, Modules};
+use super::optim::options::OPEN_FRACTION;
 use super::optim::Options;
 use super::reader::{unknown_keys, Reader};
 use super::schedule::Schedule;
@@ -63,6 +64,12 @@ static KEYS: &[Key] = &[
         "1.0",
         "gradients of a larger norm, over all parameters, are scaled down to it; 0 is off",
     ),
+    key(
+        "ema_decay",
+        "none",
+        "keeps an average of the parameters, ema = ema_decay * ema + (1 - ema_decay) * parameters after each update; a number \
+         above 0 and below 1, such as 0.999",
+    ),
     key("optimizer_type", "\"AdamW\"", "one of those below, in any case"),
     key("optimizer_args", "{}", "what to change of the optimizer's defaults, which stand below"),
     key("seed", "0", "chooses the start values, together with each module's name"),
@@ -103,6 +110,7 @@ pub struct Config {
     pub(super) scale_weight_norms: Option<f64>,
     pub(crate) schedule: Schedule,
     pub(crate) max_grad_norm: f64,
+    pub(crate) ema_decay: Option<f64>,
     pub(crate) optimizer: Options,
     pub(crate) seed: u64,
     pub(crate) mixed_precision: Float,
@@ -206,6 +214,10 @@ impl Config {
         let optimizer = read.optimizer();
         let schedule = Schedule::read(&mut read, &optimizer);
         let max_grad_norm = read.number("max_grad_norm", 0.0).unwrap_or(1.0);
+        let ema_decay = read.checked("ema_decay", &OPEN_FRACTION).and_then(Value::as_f64);
+        if ema_decay.is_some() && optimizer.schedule_free() {
+            read.problem(format!("`ema_decay`: {} averages by itself", optimizer.name()));
+        }
         let seed = read.whole("seed", (0, u64::MAX)).unwrap_or(0);
         let precisions = [("no", Float::F32), ("bf16", Float::BF16), ("fp16", Float::F16)];
         let mixed_precision = read.choice("mixed_precision", &precisions).unwrap_or(Float::F32);
@@ -219,6 +231,7 @@ impl Config {
             scale_weight_norms: read.number("scale_weight_norms", f64::MIN_POSITIVE),
             schedule,
             max_grad_norm,
+            ema_decay,
             optimizer,
             seed,
             mixed_precision,
@@ -244,6 +257,9 @@ impl Config {
             "mixed_precision": self.precision_name(),
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
         });
+        if let Some(decay) = self.ema_decay {
+            json["ema_decay"] = json!(decay);
+        }
         let texts = [
             ("network_weights", &self.network_weights),
             ("output_name", &self.output_name),
@@ -340,7 +356,7 @@ mod tests {
                 "lr_scheduler_min_lr_ratio": 0.125}"#,
             r#"{"lr_scheduler": "cosine_with_min_lr", "max_train_steps": 20, "lr_scheduler_min_lr_ratio": 0}"#,
             r#"{"lr_scheduler": "piecewise_constant", "lr_scheduler_args": {"step_rules": "1:5,0.3:7,0.01"}}"#,
-            r#"{"lr_scheduler": "cosine_with_restarts", "max_train_steps": 20, "lr_scheduler_num_cycles": 3, "learning_rate": 0.3}"#,
+            r#"{"lr_scheduler": "cosine_with_restarts", "max_train_steps": 20, "lr_scheduler_num_cycles": 3, "learning_rate": 0.3, "ema_decay": 0.995}"#,
         ];
         let optimizers =
             Options::NAMES.iter().map(|name| format!(r#"{{"optimizer_type": "{}"}}"#, name.to_uppercase()));
@@ -406,6 +422,8 @@ mod tests {
                 r#"{"lr_scheduler": "piecewise_constant", "lr_scheduler_args": {"step_rules": "1:5"}}"#,
                 "as 1:10,0.1:20,0.01",
             ),
+            (r#"{"ema_decay": 1}"#, "`ema_decay` is 1, expected a number above 0 and below 1"),
+            (r#"{"ema_decay": 0.9, "optimizer_type": "AdamWScheduleFree"}"#, "averages by itself"),
             (
                 r#"{"optimizer_type": "Lion", "optimizer_args": {"eps": 1}}"#,
                 "`optimizer_args.eps` is not an option",

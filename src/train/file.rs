@@ -18,13 +18,21 @@ const ALPHA_TOLERANCE: f64 = 1.0 / 256.0;
 
 impl Network {
     /// Writes the adapter. `metadata` is added to what the network knows and wins over it; `ss_base_model_version` in it also decides
-    /// modelspec's architecture.
-    pub fn save(&self, path: &Path, dtype: Float, metadata: &BTreeMap<String, String>) -> Result<()> {
+    /// modelspec's architecture. With `ema` the values are those of the average.
+    pub fn save(
+        &self,
+        path: &Path,
+        dtype: Float,
+        metadata: &BTreeMap<String, String>,
+        ema: bool,
+    ) -> Result<()> {
+        let steps = self.settled_steps()?;
         let built = self.built()?;
         let params = &built.params;
-        let averaged = match self.steps {
-            0 => None,
-            _ => tch::no_grad(|| built.optimizer.averaged(params.master()))?,
+        let averaged = match (ema, steps) {
+            (true, _) => Some(self.ema()?.shallow_clone()),
+            (false, 0) => None,
+            (false, _) => tch::no_grad(|| built.optimizer.averaged(params.master()))?,
         };
         let values = to_host(averaged.as_ref().unwrap_or(params.master()))?;
         let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
@@ -64,7 +72,7 @@ impl Network {
         tensors.sort_unstable_by(|a, b| b.1.bitsize().cmp(&a.1.bitsize()).then_with(|| a.0.cmp(&b.0)));
         let mut hash = Sha256::new();
         tensors.iter().for_each(|(.., bytes)| hash.update(bytes));
-        let mut all = self.metadata(metadata.get("ss_base_model_version").map(String::as_str));
+        let mut all = self.metadata(metadata.get("ss_base_model_version").map(String::as_str), steps);
         all.insert("sshs_model_hash".into(), format!("{:x}", hash.finalize()));
         all.extend(metadata.iter().map(|(k, v)| (k.clone(), v.clone())));
         let (header, bodies): (Vec<_>, Vec<_>) =
@@ -75,7 +83,7 @@ impl Network {
     }
 
     /// What sd-scripts and modelspec would say about this network; every value is text.
-    fn metadata(&self, base: Option<&str>) -> BTreeMap<String, String> {
+    fn metadata(&self, base: Option<&str>, steps: u64) -> BTreeMap<String, String> {
         let (c, options) = (&self.config, &self.config.modules.all);
         let schedule = c.schedule();
         let mut all: BTreeMap<&str, String> = BTreeMap::from([
@@ -86,7 +94,7 @@ impl Network {
             ("ss_lr_scheduler", schedule.scheduler.name().into()),
             ("ss_lr_warmup_steps", schedule.warmup.to_string()),
             ("ss_max_train_steps", schedule.total.map_or("None".into(), |n| n.to_string())),
-            ("ss_steps", self.steps.to_string()),
+            ("ss_steps", steps.to_string()),
             ("ss_max_grad_norm", c.max_grad_norm.to_string()),
             ("ss_gradient_accumulation_steps", c.gradient_accumulation_steps.to_string()),
             ("ss_mixed_precision", c.precision_name().into()),
@@ -125,6 +133,7 @@ impl Network {
     /// nothing is taken.
     pub fn load_weights(&mut self, path: &Path) -> Result<usize> {
         self.built()?;
+        let started = self.settled_steps()? > 0;
         let adapter = Adapter::open(path)?;
         let mut problems = Vec::new();
         for key in adapter.keys() {
@@ -182,12 +191,13 @@ impl Network {
             let why = format!("does not fit this network: {}", problems.join("; "));
             return Err(Error::File { path: path.to_owned(), fault: FileFault::WrongKind { why } });
         }
-        let started = self.steps > 0;
-        let Built { params, optimizer, .. } = self.built_mut()?;
+        let Built { params, optimizer, ema, .. } = self.built_mut()?;
         values.iter().try_for_each(|(index, values)| params.set(*index, values))?;
         if started {
             tch::no_grad(|| optimizer.restart(params.master()))?;
         }
+        // It begins anew there.
+        ema.as_mut().map(|ema| tch::no_grad(|| ema.f_copy_(params.master()))).transpose()?;
         params.refresh()?;
         params.settle()?;
         Ok(taken)

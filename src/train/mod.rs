@@ -9,6 +9,7 @@
 
 pub mod config;
 mod file;
+mod fused;
 mod init;
 mod modules;
 pub mod network;

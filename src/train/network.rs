@@ -1,10 +1,12 @@
 //! A set of modules in training, driven by the host: it calls `forward` and `backward` per layer from its own graph, then `step`.
 
 use super::config::Config;
+use super::fused::Fused;
 use super::init;
 use super::modules::Known;
 use super::optim::{Layout, Optimizer};
 use super::params::{Params, Plan};
+use super::schedule::Schedule;
 use crate::algo::draw::{Draw, Dropout};
 use crate::algo::training::{Form, Layer, Parameter, Pass, Trainable};
 use crate::error::{Error, Result};
@@ -49,7 +51,7 @@ impl Module {
 }
 
 /// What [`Network::step`] did.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Step {
     /// Updates done so far, this one included.
     pub step: u64,
@@ -59,6 +61,8 @@ pub struct Step {
     pub grad_norm: f64,
     /// Whether the parameters changed; false in the middle of an accumulation.
     pub updated: bool,
+    /// Updates that [`Network::step_ahead`] left out, as the gradient was not finite, since this was last told.
+    pub skipped: u64,
 }
 
 /// Modules, their parameters, and everything that changes them.
@@ -77,13 +81,23 @@ pub struct Network {
     /// Whether the gradient may be other than zero.
     pub(super) dirty: bool,
     evaluating: bool,
+    /// What the last update did; where updates are fused, the device knows.
+    last: Step,
+    /// Updates that were left out and not yet told, likewise.
+    skipped: u64,
+    /// See [`Network::hold`].
+    held: bool,
 }
 
 /// What exists after `build`.
 pub(super) struct Built {
     pub(super) params: Params,
     pub(super) optimizer: Box<dyn Optimizer>,
-    device: Device,
+    /// The average of the parameters, if one is kept.
+    pub(super) ema: Option<Tensor>,
+    /// What does the updates, instead of `optimizer`, where it can.
+    pub(super) fused: Option<Fused>,
+    pub(super) device: Device,
     /// The number of the micro-step, i64, on the device: what random choices depend on. `None` where nothing is left to chance.
     pub(super) draws: Option<Tensor>,
 }
@@ -105,6 +119,9 @@ impl Network {
             micro: 0,
             dirty: false,
             evaluating: false,
+            last: Step::default(),
+            skipped: 0,
+            held: false,
         })
     }
 
@@ -231,12 +248,17 @@ impl Network {
             learning_rate: self.config.schedule().base,
         };
         let optimizer = tch::no_grad(|| self.config.optimizer.build(&layout, params.master()))?;
+        let ema = self.config.ema_decay.map(|_| params.master().f_detach_copy()).transpose()?;
+        // What else changes the values after an update comes before the average.
+        let within = ema.as_ref().filter(|_| self.config.scale_weight_norms.is_none());
+        let fused = Fused::new(&self.config, &params, &*optimizer, within)?;
         self.modules.iter_mut().zip(ranges).for_each(|(module, range)| module.range = range);
         let draws = match self.config.modules.random() {
             false => None,
             true => Some(Tensor::f_zeros([0i64; 0], (Kind::Int64, device))?),
         };
-        self.built = Some(Built { params, optimizer, device, draws });
+        params.settle()?;
+        self.built = Some(Built { params, optimizer, ema, fused, device, draws });
         if let Some(path) = self.config.network_weights.clone() {
             let loaded = self.load_weights(Path::new(&path));
             // Start values of another kind are none.
@@ -300,41 +322,138 @@ impl Network {
     ///
     /// A gradient that is not finite is an error and changes nothing: `zero_gradients` skips it, stopping keeps the last good values.
     pub fn step(&mut self) -> Result<Step> {
-        let (every, max_norm) = (self.config.gradient_accumulation_steps, self.config.max_grad_norm);
-        let (steps, micro) = (self.steps, self.micro);
-        let learning_rate = self.config.schedule().learning_rate(steps);
-        let built = self.built_mut()?;
-        if let Some(draws) = &built.draws {
-            let _ = tch::no_grad(|| draws.shallow_clone().f_add_scalar_(1))?;
+        if !self.completes()? {
+            let step = self.settled_steps()?;
+            let learning_rate = self.config.schedule().learning_rate(step);
+            return Ok(Step { step, learning_rate, ..Step::default() });
         }
-        if micro + 1 < every {
-            self.micro += 1;
-            return Ok(Step { step: steps, learning_rate, grad_norm: 0.0, updated: false });
-        }
-        let average = 1.0 / every as f64;
-        let grad_norm = built.params.gradient_norm()? * average;
-        if !grad_norm.is_finite() {
+        self.update(false)?;
+        let step = self.told()?;
+        self.steps = step.step;
+        if !step.grad_norm.is_finite() {
             return Err(train(
-                format!("the gradient of step {} is not finite (norm {grad_norm}); nothing was changed", steps + 1),
+                format!("the gradient of step {} is not finite (norm {}); nothing was changed", step.step + 1, step.grad_norm),
                 "call zero_gradients to skip it; if it stays: lower the learning rate, prefer bf16 to fp16, look for NaN in the data",
             ));
         }
-        // torch.nn.utils.clip_grad_norm_ has the same 1e-6.
-        let clip = if max_norm > 0.0 { (max_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
-        tch::no_grad(|| {
-            let (master, gradient) = built.params.update();
-            if average * clip != 1.0 {
-                let _ = gradient.f_mul_scalar_(average * clip)?;
-            }
-            built.optimizer.step(master, gradient, learning_rate, steps + 1)?;
-            built.params.zero_gradient()?;
-            built.params.refresh()
-        })?;
-        if let Some(most) = self.config.scale_weight_norms {
-            self.bound_norms(most)?;
+        (self.micro, self.dirty) = (0, false);
+        Ok(step)
+    }
+
+    /// As [`Network::step`], without telling anything: a gradient that is not finite is cleared, changes nothing else and is counted.
+    /// Where the update is fused this does not wait for the device, and can be captured into a CUDA graph.
+    pub fn step_ahead(&mut self) -> Result<()> {
+        if !self.completes()? {
+            return Ok(());
         }
-        (self.steps, self.micro, self.dirty) = (steps + 1, 0, false);
-        Ok(Step { step: self.steps, learning_rate, grad_norm, updated: true })
+        self.update(true)?;
+        (self.micro, self.dirty) = (0, false);
+        Ok(())
+    }
+
+    /// What the last update did, and how many were left out since this was last told. Waits for the device.
+    pub fn results(&mut self) -> Result<Step> {
+        self.settled_steps()?;
+        let step = self.told()?;
+        self.steps = step.step;
+        Ok(step)
+    }
+
+    /// [`Network::results`], in the order of the current stream.
+    fn told(&mut self) -> Result<Step> {
+        match self.built_mut()?.fused.is_some() {
+            true => {
+                let (fused, schedule) = self.fused()?;
+                fused.results(schedule)
+            }
+            false => Ok(Step { skipped: std::mem::take(&mut self.skipped), ..self.last }),
+        }
+    }
+
+    /// One update, if the gradient is finite. If not, it is cleared and counted when `forgiving`, else kept.
+    fn update(&mut self, forgiving: bool) -> Result<()> {
+        let built = self.built.as_mut().ok_or_else(not_built)?;
+        if let Some(fused) = &mut built.fused {
+            fused.step(forgiving, &self.config.schedule)?;
+            return match self.config.scale_weight_norms {
+                Some(_) => {
+                    let updated = fused.updated()?;
+                    self.follow(Some(&updated))
+                }
+                None => Ok(()),
+            };
+        }
+        self.last = built.update(&self.config, self.steps)?;
+        self.steps = self.last.step;
+        if self.last.updated {
+            return self.follow(None);
+        }
+        if forgiving {
+            self.skipped += 1;
+            built.params.zero_gradient()?;
+        }
+        Ok(())
+    }
+
+    /// What comes after an update: bounded norms, then the average. `updated` is 0 or 1 where only the device knows whether there was one.
+    fn follow(&mut self, updated: Option<&Tensor>) -> Result<()> {
+        if let Some(most) = self.config.scale_weight_norms {
+            self.bound_norms(most, updated)?;
+        }
+        let decay = self.config.ema_decay.unwrap_or(0.0);
+        let Built { params, ema, .. } = self.built_mut()?;
+        tch::no_grad(|| {
+            let _ = match (ema, updated) {
+                (None, _) => return Ok(()),
+                (Some(ema), None) => ema.f_lerp_(params.master(), 1.0 - decay)?,
+                (Some(ema), Some(updated)) => {
+                    ema.f_lerp_tensor_(params.master(), &updated.f_mul_scalar(1.0 - decay)?)?
+                }
+            };
+            Ok(())
+        })
+    }
+
+    /// While held, steps on a GPU change nothing but the gradient, which they clear: for running once what a CUDA graph shall capture.
+    pub fn hold(&mut self, held: bool) -> Result<()> {
+        self.fused()?.0.hold(held)?;
+        self.held = held;
+        Ok(())
+    }
+
+    /// A CUDA graph with so many updates is about to be launched on the current stream: makes their learning rates ready.
+    pub fn prepare_replay(&mut self, updates: u64) -> Result<()> {
+        let (fused, schedule) = self.fused()?;
+        fused.expect(updates, schedule)
+    }
+
+    /// Counts a micro-batch; whether it is the last one of an update. `step` counts that one itself, once it is done.
+    fn completes(&mut self) -> Result<bool> {
+        if let Some(draws) = self.built()?.draws.as_ref().filter(|_| !self.held) {
+            let _ = tch::no_grad(|| draws.shallow_clone().f_add_scalar_(1))?;
+        }
+        let last = self.micro + 1 >= self.config.gradient_accumulation_steps;
+        self.micro += u64::from(!last);
+        Ok(last)
+    }
+
+    /// Updates done, also by steps that nobody has waited for; waits for those, on any stream.
+    pub(super) fn settled_steps(&self) -> Result<u64> {
+        let fused = self.built.as_ref().and_then(|built| built.fused.as_ref());
+        Ok(fused.map(Fused::settled_steps).transpose()?.flatten().unwrap_or(self.steps))
+    }
+
+    fn fused(&mut self) -> Result<(&mut Fused, &Schedule)> {
+        let (name, schedule) = (self.config.optimizer.name(), &self.config.schedule);
+        let built = self.built.as_mut().ok_or_else(not_built)?;
+        let place = if built.device.is_cuda() { "this device" } else { "the CPU" };
+        let fused = built.fused.as_mut().ok_or_else(|| Error::Unsupported {
+            what: format!("{name} on {place} cannot be captured into a CUDA graph"),
+            hint: "on a GPU that this library has kernels for, these can: AdamW, AdamW8bit, Lion, SGDNesterov, AdamWScheduleFree, \
+                   RAdamScheduleFree"
+                .into(),
+        })?;
+        Ok((fused, schedule))
     }
 
     /// Throws the gradient away, and with it what was accumulated since the last update.
@@ -344,16 +463,21 @@ impl Network {
         Ok(())
     }
 
-    /// Makes forward and backward see what the host wrote into [`Network::parameters`].
+    /// Makes forward and backward see what the host wrote into [`Network::parameters`]; before the first update the average starts there.
     pub fn refresh(&mut self) -> Result<()> {
-        let params = &mut self.built_mut()?.params;
+        let starts = self.settled_steps()? == 0;
+        let Built { params, ema, .. } = self.built_mut()?;
         params.mend()?;
+        if let Some(ema) = ema.as_mut().filter(|_| starts) {
+            tch::no_grad(|| ema.f_copy_(params.master()))?;
+        }
         params.refresh()
     }
 
-    /// Updates done so far, and calls of `step` since the last one (in the middle of an accumulation).
-    pub fn progress(&self) -> (u64, u64) {
-        (self.steps, self.micro)
+    /// Updates done so far, and calls of `step` since the last one (in the middle of an accumulation). Waits for steps that were not
+    /// waited for.
+    pub fn progress(&self) -> Result<(u64, u64)> {
+        Ok((self.settled_steps()?, self.micro))
     }
 
     /// All parameters in fp32, flat; parameters begin at aligned offsets with zeros between them.
@@ -365,6 +489,12 @@ impl Network {
     /// processes may change it in place before `step`.
     pub fn gradients(&self) -> Result<&Tensor> {
         Ok(self.built()?.params.gradient())
+    }
+
+    /// The average of the parameters, laid out as they are, if one is kept.
+    pub fn ema(&self) -> Result<&Tensor> {
+        let lacks = || train("the network keeps no average of its parameters", "set ema_decay in its config");
+        self.built()?.ema.as_ref().ok_or_else(lacks)
     }
 
     /// Module indices in the order of their names.
@@ -420,6 +550,29 @@ impl Built {
         }
         self.placed(m, weight)?;
         self.input(weight).map(Some)
+    }
+
+    /// The update after `steps` others, on any device; not if the gradient is not finite. Waits for its norm.
+    pub(super) fn update(&mut self, config: &Config, steps: u64) -> Result<Step> {
+        let (average, max_norm) = (1.0 / config.gradient_accumulation_steps as f64, config.max_grad_norm);
+        let learning_rate = config.schedule().learning_rate(steps);
+        let grad_norm = self.params.gradient_norm()? * average;
+        let step = Step { step: steps, learning_rate, grad_norm, ..Step::default() };
+        if !grad_norm.is_finite() {
+            return Ok(step);
+        }
+        // torch.nn.utils.clip_grad_norm_ has the same 1e-6.
+        let clip = if max_norm > 0.0 { (max_norm / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
+        tch::no_grad(|| {
+            let (master, gradient) = self.params.update();
+            if average * clip != 1.0 {
+                let _ = gradient.f_mul_scalar_(average * clip)?;
+            }
+            self.optimizer.step(master, gradient, learning_rate, steps + 1)?;
+            self.params.zero_gradient()?;
+            self.params.refresh()
+        })?;
+        Ok(Step { step: steps + 1, updated: true, ..step })
     }
 
     /// Shapes, dtypes and devices of a layer's input and output (or of their gradients).
@@ -489,7 +642,7 @@ pub(super) fn train(what: impl Into<String>, hint: impl Into<String>) -> Error {
     Error::Train { what: what.into(), hint: hint.into() }
 }
 
-fn not_built() -> Error {
+pub(super) fn not_built() -> Error {
     train("the network is not built", "register the modules and call build first")
 }
 

@@ -7,19 +7,20 @@ use crate::error::Result;
 use tch::{Kind, Tensor};
 
 impl Network {
-    /// Scales down what is too large, without waiting for the device. Modules whose dW has no factor stay as they are.
-    pub(super) fn bound_norms(&mut self, most: f64) -> Result<()> {
+    /// Scales down what is too large, without waiting for the device; nothing where `updated` is 0. Modules whose dW has no factor stay as
+    /// they are.
+    pub(super) fn bound_norms(&mut self, most: f64, updated: Option<&Tensor>) -> Result<()> {
         let Network { built: Some(Built { params, .. }), modules, .. } = self else { return Ok(()) };
         tch::no_grad(|| {
             for module in modules.iter() {
-                shrink(module, params, most)?;
+                shrink(module, params, most, updated)?;
             }
             params.refresh()
         })
     }
 }
 
-fn shrink(module: &Module, params: &Params, most: f64) -> Result<()> {
+fn shrink(module: &Module, params: &Params, most: f64, updated: Option<&Tensor>) -> Result<()> {
     let parameters = params.exact(module.range.clone());
     let pass = Pass { layer: &module.layer, parameters, weight: None, draw: None, compute: Kind::Float };
     let one = Tensor::f_ones([0i64; 0], (Kind::Double, params.master().device()))?;
@@ -27,7 +28,10 @@ fn shrink(module: &Module, params: &Params, most: f64) -> Result<()> {
         return Ok(());
     }
     // A norm of zero gives infinity, which is no reason to scale.
-    let ratio = module.algorithm.norm(&pass)?.f_reciprocal()?.f_mul_scalar(most)?.f_clamp_max(1.0)?;
+    let mut ratio = module.algorithm.norm(&pass)?.f_reciprocal()?.f_mul_scalar(most)?.f_clamp_max(1.0)?;
+    if let Some(updated) = updated {
+        ratio = ratio.f_where_self(&updated.f_gt(0.0)?, &one)?;
+    }
     for (parameter, factor) in parameters.iter().zip(module.algorithm.shrunk(&ratio)?.iter().flatten()) {
         let _ = parameter.shallow_clone().f_mul_(&factor.f_to_kind(Kind::Float)?)?;
     }

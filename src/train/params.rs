@@ -217,6 +217,11 @@ impl Params {
         &self.gradient
     }
 
+    /// The values in the compute dtype, where that is not fp32.
+    pub fn working(&self) -> Option<&Tensor> {
+        self.working.as_ref()
+    }
+
     /// Views of the values in their stored shapes, as leaves of an autograd graph: in the compute dtype, precise ones in fp32.
     pub fn leaves(&self, range: Range<usize>) -> &[Tensor] {
         &self.leaves[range]

@@ -29,6 +29,16 @@ impl<'a> Reader<'a> {
         self.problems.push(format!("`{}{name}` is {value}, expected {expected}", self.prefix));
     }
 
+    /// A value that passes a check.
+    pub fn checked(&mut self, name: &str, Check(expected, holds): &Check) -> Option<&'a Value> {
+        let value = self.get(name)?;
+        if !holds(value) {
+            self.wrong(name, value, expected);
+            return None;
+        }
+        Some(value)
+    }
+
     /// A number of at least `least`.
     pub fn number(&mut self, name: &str, least: f64) -> Option<f64> {
         let value = self.get(name)?;
@@ -136,13 +146,9 @@ impl<'a> Reader<'a> {
         unknown_keys(map, PREFIX, &known, self.problems);
         let (mut read, mut arguments) =
             (Reader { map, prefix: PREFIX, problems: self.problems }, options.arguments());
-        for (name, Check(expected, holds)) in options.checks() {
-            match read.get(name) {
-                None => {}
-                Some(value) if holds(value) => {
-                    arguments.insert((*name).to_owned(), value.clone());
-                }
-                Some(value) => read.wrong(name, value, expected),
+        for (name, check) in options.checks() {
+            if let Some(value) = read.checked(name, check) {
+                arguments.insert((*name).to_owned(), value.clone());
             }
         }
         options.with(arguments).unwrap_or(options)

@@ -1,10 +1,10 @@
 //! Resume files: everything that the next step depends on, so that a run that was stopped ends on the same bits as one that was not.
 //!
-//! A safetensors file: `master` and, when something is accumulated, `gradient`, both flat f32; and the optimizer's state, in its dtypes
-//! and shapes. Its metadata holds the counters, the options and a table of the modules, by which another network's file is recognised.
+//! A safetensors file: `master`, `ema` if an average is kept and, when something is accumulated, `gradient`, all flat f32; and the optimizer's
+//! state, in its dtypes and shapes. Its metadata holds the counters, the options and a table of the modules, by which another network's file is recognised.
 
 use super::config::Config;
-use super::network::Network;
+use super::network::{not_built, Built, Network};
 use crate::adapter::safetensors::{File, Writer};
 use crate::dtype::{byte_len, Dtype};
 use crate::error::{Error, FileFault, Result};
@@ -19,10 +19,11 @@ const FORMAT: (&str, &str) = ("lycore_state", "1");
 impl Network {
     /// Writes the resume file; the old one stays until the new one is complete.
     pub fn save_state(&self, path: &Path) -> Result<()> {
+        let steps = self.settled_steps()?;
         let tensors = self.state_tensors(self.dirty || self.micro > 0)?;
         let metadata = BTreeMap::from([
             (FORMAT.0.to_owned(), FORMAT.1.to_owned()),
-            ("step".into(), self.steps.to_string()),
+            ("step".into(), steps.to_string()),
             ("micro_step".into(), self.micro.to_string()),
             ("config".into(), self.config.to_json().to_string()),
             ("modules".into(), self.table().to_string()),
@@ -45,6 +46,7 @@ impl Network {
     pub fn load_state(&mut self, path: &Path) -> Result<()> {
         let wrong = |why: String| Error::File { path: path.to_owned(), fault: FileFault::WrongKind { why } };
         self.built()?;
+        self.settled_steps()?;
         let file = File::open(path)?;
         let field = |name: &str| {
             let lacks = || wrong(format!("is a training state without `{name}` in its metadata: damaged"));
@@ -90,9 +92,9 @@ impl Network {
         let mut parts = Vec::new();
         for (name, to) in self.state_tensors(with_gradient)? {
             let (dtype, shape) = (dtype(to)?, shape(to));
-            let entry = file
-                .get(name)
-                .ok_or_else(|| wrong(format!("lacks `{name}`: its optimizer has other options")))?;
+            let entry = file.get(name).ok_or_else(|| {
+                wrong(format!("lacks `{name}`: its optimizer or ema_decay has other options"))
+            })?;
             if entry.dtype != dtype || entry.shape != shape {
                 return Err(wrong(format!(
                     "`{name}` is {} {:?}, expected {dtype} {shape:?}",
@@ -104,14 +106,17 @@ impl Network {
         }
         if file.entries().len() != parts.len() {
             return Err(wrong(
-                "holds more tensors than this optimizer has: its optimizer has other options".into(),
+                "holds more tensors than this network has: its optimizer or ema_decay has other options"
+                    .into(),
             ));
         }
         if !with_gradient {
             self.zero_gradients()?;
         }
         tch::no_grad(|| parts.iter_mut().try_for_each(|(to, from)| to.f_copy_(from)))?;
-        let params = &mut self.built_mut()?.params;
+        let schedule = &self.config.schedule;
+        let Built { params, fused, .. } = self.built.as_mut().ok_or_else(not_built)?;
+        fused.as_mut().map(|fused| fused.start(steps, schedule)).transpose()?;
         params.refresh()?;
         params.settle()?;
         (self.steps, self.micro, self.dirty) = (steps, micro, with_gradient);
@@ -122,6 +127,7 @@ impl Network {
     fn state_tensors(&self, with_gradient: bool) -> Result<Vec<(&'static str, &Tensor)>> {
         let built = self.built()?;
         let mut tensors = vec![("master", built.params.master())];
+        tensors.extend(built.ema.as_ref().map(|ema| ("ema", ema)));
         tensors.extend(built.optimizer.state());
         tensors.extend(built.draws.as_ref().map(|draws| ("draws", draws)));
         if with_gradient {

@@ -135,7 +135,7 @@ fn the_state_of_another_network_is_refused_in_words() {
     let text = smaller.load_state(&file).unwrap_err().to_string();
     assert!(text.contains("3 modules, this network 1") && text.contains("lora_unet_a_conv"), "{text}");
     let adapter = folder.path().join("adapter.safetensors");
-    network(RUN).save(&adapter, Float::F32, &BTreeMap::new()).unwrap();
+    network(RUN).save(&adapter, Float::F32, &BTreeMap::new(), false).unwrap();
     let text = network(RUN).load_state(&adapter).unwrap_err().to_string();
     assert!(text.contains("not a training state"), "{text}");
     // In the middle of an accumulation, another length of it cannot go on.
@@ -209,6 +209,95 @@ fn a_gradient_that_is_not_finite_changes_nothing() {
 }
 
 #[test]
+fn a_step_that_nobody_waits_for_leaves_out_what_is_not_finite() {
+    let (mut waited, mut ahead) = (network(RUN), network(RUN));
+    for t in 0..12 {
+        micro_step(&mut waited, t);
+        for module in 0..3 {
+            let (x, target) = input(module, t % 2);
+            let y = target.zeros_like();
+            ahead.forward(module, &x, None, &y).unwrap();
+            ahead.backward(module, &x, None, &((y - target) * 2.0), false).unwrap();
+        }
+        ahead.step_ahead().unwrap();
+    }
+    assert_eq!(bits(&ahead), bits(&waited));
+    assert_eq!(ahead.progress().unwrap(), (4, 0));
+    let told = ahead.results().unwrap();
+    assert_eq!((told.step, told.updated, told.skipped), (4, true, 0));
+    assert_eq!(told.learning_rate, ahead.config().schedule().learning_rate(3));
+    let (x, grad) = input(0, 1);
+    for _ in 0..6 {
+        ahead.backward(0, &x, None, &(&grad * f64::NAN), false).unwrap();
+        ahead.step_ahead().unwrap();
+    }
+    assert_eq!(bits(&ahead), bits(&waited));
+    let told = ahead.results().unwrap();
+    assert_eq!((told.step, told.updated, told.skipped), (4, false, 2));
+    for t in 12..15 {
+        assert_eq!(micro_step(&mut ahead, t).to_bits(), micro_step(&mut waited, t).to_bits());
+    }
+    assert_eq!(bits(&ahead), bits(&waited));
+    assert_eq!(ahead.results().unwrap().skipped, 0, "told once");
+    let refusal = ahead.hold(true).unwrap_err();
+    assert!(matches!(refusal, Error::Unsupported { .. }) && refusal.hint().contains("AdamWScheduleFree"));
+}
+
+#[test]
+fn the_average_is_that_of_its_formula() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = RUN.replace("\"seed\": 5", "\"seed\": 5, \"ema_decay\": 0.75");
+    let values = |tensor: &Tensor| Vec::<f32>::try_from(tensor).unwrap();
+    let (mut network, mut plain) = (network(&run), self::network(RUN));
+    let mut want: Vec<f64> = values(plain.parameters().unwrap()).into_iter().map(f64::from).collect();
+    for t in 0..30 {
+        micro_step(&mut network, t);
+        micro_step(&mut plain, t);
+        if plain.progress().unwrap().1 == 0 {
+            let now = values(plain.parameters().unwrap());
+            want.iter_mut().zip(now).for_each(|(ema, p)| *ema = 0.75 * *ema + 0.25 * f64::from(p));
+        }
+    }
+    assert_eq!(bits(&network), bits(&plain), "it changes nothing else");
+    let (ema, master) = (values(network.ema().unwrap()), values(network.parameters().unwrap()));
+    let off = |a: &[f32]| a.iter().zip(&want).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+    // Ten sums in fp32 of numbers below 2.
+    assert!(off(&ema) < 1e-6 && off(&master) > 1e-2, "{} {}", off(&ema), off(&master));
+
+    // A file of the average, a state with it.
+    let [of_ema, of_master, state] =
+        ["ema", "master", "state"].map(|name| folder.path().join(format!("{name}.safetensors")));
+    network.save(&of_ema, Float::F32, &BTreeMap::new(), true).unwrap();
+    network.save(&of_master, Float::F32, &BTreeMap::new(), false).unwrap();
+    network.save_state(&state).unwrap();
+    let mut other = self::network(&run);
+    other.load_weights(&of_ema).unwrap();
+    assert_eq!(values(other.parameters().unwrap()), ema);
+    other.load_weights(&of_master).unwrap();
+    assert_eq!(values(other.parameters().unwrap()), master);
+    other.load_state(&state).unwrap();
+    for t in 30..36 {
+        micro_step(&mut network, t);
+        micro_step(&mut other, t);
+    }
+    assert_eq!(values(other.ema().unwrap()), values(network.ema().unwrap()));
+    assert_ne!(values(other.ema().unwrap()), ema);
+    // From here on the average of other weights.
+    other.load_weights(&of_master).unwrap();
+    assert_eq!(values(other.ema().unwrap()), master);
+
+    let text = plain.load_state(&state).unwrap_err().to_string();
+    assert!(text.contains("ema_decay"), "{text}");
+    assert!(plain.save(&of_ema, Float::F32, &BTreeMap::new(), true).is_err());
+    // Before the first step it is where the parameters are, also those that the host wrote.
+    let mut fresh = self::network(&run);
+    let _ = fresh.parameters().unwrap().shallow_clone().fill_(0.5);
+    fresh.refresh().unwrap();
+    fresh.save(&of_ema, Float::F32, &BTreeMap::new(), true).unwrap();
+    assert_eq!(tensors(&of_ema)["lora_unet_b_linear.lora_up.weight"].1[..4], 0.5f32.to_le_bytes());
+}
+
+#[test]
 fn start_values_do_not_depend_on_the_order_of_modules() {
     let a = network("{}");
     let mut b = Network::new(Config::parse("{}").unwrap()).unwrap();
@@ -244,7 +333,7 @@ fn a_saved_file_reads_back_the_same_and_goes_on() {
         ("ss_base_model_version".to_owned(), "sdxl_base_v1-0".to_owned()),
         ("ss_output_name".into(), "mine".into()),
     ]);
-    trained.save(&path, Float::F32, &extra).unwrap();
+    trained.save(&path, Float::F32, &extra, false).unwrap();
     let saved = tensors(&path);
     assert_eq!(saved.len(), 9);
     assert_eq!(saved["lora_unet_b_linear.lora_down.weight"].0, [3, 6]);
@@ -297,10 +386,10 @@ fn values_that_a_dtype_cannot_hold_are_not_written() {
     let path = folder.path().join("adapter.safetensors");
     let network = network("{}");
     let _ = network.parameters().unwrap().narrow(0, 0, 1).fill_(1e6);
-    let error = network.save(&path, Float::F16, &BTreeMap::new()).unwrap_err();
+    let error = network.save(&path, Float::F16, &BTreeMap::new(), false).unwrap_err();
     assert!(error.to_string().contains("lora_unet_a_conv.lora_down.weight"), "{error}");
     assert!(!path.exists());
-    network.save(&path, Float::BF16, &BTreeMap::new()).unwrap();
+    network.save(&path, Float::BF16, &BTreeMap::new(), false).unwrap();
     assert_eq!(tensors(&path)["lora_unet_b_linear.lora_up.weight"].1.len(), 5 * 16 * 2);
 }
 
@@ -392,7 +481,7 @@ fn norms_of_changes_are_bounded() {
         }
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("adapter.safetensors");
-        network.save(&file, Float::F32, &BTreeMap::new()).unwrap();
+        network.save(&file, Float::F32, &BTreeMap::new(), false).unwrap();
         let file = File::open(&file).unwrap();
         MODULES.map(|(name, weight, _)| {
             let name = super::network::file_name(name);
@@ -425,7 +514,7 @@ fn a_network_takes_ranks_and_values_from_a_file() {
     let file = folder.path().join("adapter.safetensors");
     let mut first = network(r#"{"network_dim": 3, "network_alpha": 2, "conv_dim": 5, "seed": 4}"#);
     micro_step(&mut first, 0);
-    first.save(&file, Float::F32, &BTreeMap::new()).unwrap();
+    first.save(&file, Float::F32, &BTreeMap::new(), false).unwrap();
     let options = |dim: bool| {
         format!(r#"{{"network_weights": {:?}, "dim_from_weights": {dim}}}"#, file.to_str().unwrap())
     };

@@ -690,7 +690,7 @@ static void train(void) {
     printf("training: loss %.3g, after 50 steps %.3g\n", first, last);
     CHECK(last < first / 10.0);
 
-    CHECK_OK(lycore_network_save(network, path_of("trained.safetensors"), NULL, "{\"ss_training_comment\": \"a test\"}", &error));
+    CHECK_OK(lycore_network_save(network, path_of("trained.safetensors"), LYCORE_BUFFER_PARAMETERS, NULL, "{\"ss_training_comment\": \"a test\"}", &error));
     merged_equals_trained(network, module);
     CHECK_EQUAL(lycore_network_free(network), LYCORE_OK);
 

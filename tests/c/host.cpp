@@ -451,7 +451,7 @@ void train(const fs::path &folder) {
 
     // A file saved in fp16 opens as an adapter with the rank that was trained.
     const std::string path = (folder / "trained.safetensors").string();
-    lycore::call(lycore_network_save, network.get(), path.c_str(), "fp16", nullptr);
+    lycore::call(lycore_network_save, network.get(), path.c_str(), LYCORE_BUFFER_PARAMETERS, "fp16", nullptr);
     const lycore::Adapter adapter = lycore::make<lycore::Adapter>(lycore_adapter_open, path.c_str());
     lycore_module described{};
     described.struct_size = sizeof described;

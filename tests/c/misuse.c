@@ -43,6 +43,9 @@ static void network_calls(lycore_network *handle, lycore_status want) {
     FAILS_NETWORK(want, lycore_network_forward(handle, 0, &x, &y, NULL, e));
     FAILS_NETWORK(want, lycore_network_backward(handle, 0, &x, &y, NULL, NULL, e));
     FAILS_NETWORK(want, lycore_network_step(handle, NULL, &out.step, e));
+    FAILS_NETWORK(want, lycore_network_results(handle, &out.step, e));
+    FAILS_NETWORK(want, lycore_network_hold(handle, true, NULL, e));
+    FAILS_NETWORK(want, lycore_network_prepare_replay(handle, 1, NULL, e));
     FAILS_NETWORK(want, lycore_network_zero_gradients(handle, NULL, e));
     FAILS_NETWORK(want, lycore_network_refresh(handle, NULL, e));
     uint64_t steps = 7, micro_steps = 7;
@@ -50,7 +53,7 @@ static void network_calls(lycore_network *handle, lycore_status want) {
     CHECK_EQUAL(steps, 7);
     CHECK_EQUAL(micro_steps, 7);
     FAILS_NETWORK(want, lycore_network_buffer(handle, LYCORE_BUFFER_PARAMETERS, &out.tensor, e));
-    FAILS_NETWORK(want, lycore_network_save(handle, output_path, NULL, NULL, e));
+    FAILS_NETWORK(want, lycore_network_save(handle, output_path, LYCORE_BUFFER_PARAMETERS, NULL, NULL, e));
     FAILS_NETWORK(want, lycore_network_save_state(handle, output_path, e));
     FAILS_NETWORK(want, lycore_network_load_state(handle, adapter_path, e));
     FAILS_NETWORK(want, lycore_network_load_weights(handle, adapter_path, &out.number, e));
@@ -262,15 +265,16 @@ static void pointers(void) {
     FAILS_NETWORK(null, lycore_network_forward(network, 0, &x, NULL, NULL, e));
     FAILS_NETWORK(null, lycore_network_backward(network, 0, NULL, &y, NULL, NULL, e));
     FAILS_NETWORK(null, lycore_network_backward(network, 0, &x, NULL, NULL, NULL, e));
+    FAILS_NETWORK(null, lycore_network_results(network, NULL, e));
     FAILS_NETWORK(null, lycore_network_buffer(network, LYCORE_BUFFER_PARAMETERS, NULL, e));
     uint64_t steps = 7;
     FAILS_NETWORK(null, lycore_network_progress(network, NULL, &steps, e));
     FAILS_NETWORK(null, lycore_network_progress(network, &steps, NULL, e));
     CHECK_EQUAL(steps, 7);
-    FAILS_NETWORK(null, lycore_network_save(network, NULL, NULL, NULL, e));
-    FAILS_NETWORK(bad, lycore_network_save(network, not_utf8, NULL, NULL, e));
-    FAILS_NETWORK(bad, lycore_network_save(network, output_path, not_utf8, NULL, e));
-    FAILS_NETWORK(bad, lycore_network_save(network, output_path, NULL, not_utf8, e));
+    FAILS_NETWORK(null, lycore_network_save(network, NULL, LYCORE_BUFFER_PARAMETERS, NULL, NULL, e));
+    FAILS_NETWORK(bad, lycore_network_save(network, not_utf8, LYCORE_BUFFER_PARAMETERS, NULL, NULL, e));
+    FAILS_NETWORK(bad, lycore_network_save(network, output_path, LYCORE_BUFFER_PARAMETERS, not_utf8, NULL, e));
+    FAILS_NETWORK(bad, lycore_network_save(network, output_path, LYCORE_BUFFER_PARAMETERS, NULL, not_utf8, e));
     FAILS_NETWORK(null, lycore_network_save_state(network, NULL, e));
     FAILS_NETWORK(bad, lycore_network_save_state(network, not_utf8, e));
     FAILS_NETWORK(null, lycore_network_load_state(network, NULL, e));
@@ -310,6 +314,7 @@ static void struct_sizes(void) {
         FAILS(bad, lycore_checkpoint_merge(base_path, list, NULL, 1, output_path, NULL, &progress, NULL, e));
         FAILS_NETWORK(bad, lycore_network_add_module(network, "new", conv_shape, 4, &geometry, &out.number, e));
         FAILS_NETWORK(bad, lycore_network_step(network, NULL, &out.step, e));
+        FAILS_NETWORK(bad, lycore_network_results(network, &out.step, e));
         UNTOUCHED();
     }
     weights_are_the_base();

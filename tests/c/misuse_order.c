@@ -471,10 +471,13 @@ static void networks(void) {
     FAILS(train, lycore_network_forward(n, 0, &x, &y, NULL, e));
     FAILS(train, lycore_network_backward(n, 0, &x, &y, NULL, NULL, e));
     FAILS(train, lycore_network_step(n, NULL, &out.step, e));
+    FAILS(train, lycore_network_results(n, &out.step, e));
+    FAILS(train, lycore_network_hold(n, true, NULL, e));
+    FAILS(train, lycore_network_prepare_replay(n, 1, NULL, e));
     FAILS(train, lycore_network_zero_gradients(n, NULL, e));
     FAILS(train, lycore_network_refresh(n, NULL, e));
     FAILS(train, lycore_network_buffer(n, LYCORE_BUFFER_GRADIENTS, &out.tensor, e));
-    FAILS(train, lycore_network_save(n, output_path, NULL, NULL, e));
+    FAILS(train, lycore_network_save(n, output_path, LYCORE_BUFFER_PARAMETERS, NULL, NULL, e));
     FAILS(train, lycore_network_save_state(n, output_path, e));
     FAILS(train, lycore_network_load_state(n, adapter_path, e));
     FAILS(train, lycore_network_load_weights(n, adapter_path, &out.number, e));
@@ -492,14 +495,19 @@ static void networks(void) {
     FAILS(LYCORE_SHAPE, lycore_network_forward(n, 0, &y, &x, NULL, e));
     FAILS(LYCORE_SHAPE, lycore_network_backward(n, 0, &y, &x, NULL, NULL, e));
     FAILS(LYCORE_SHAPE, lycore_network_backward(n, 0, &x, &y, &y, NULL, e));
-    FAILS(bad, lycore_network_buffer(n, 2, &out.tensor, e));
+    FAILS(LYCORE_UNSUPPORTED, lycore_network_hold(n, true, NULL, e));  // on the CPU
+    FAILS(LYCORE_UNSUPPORTED, lycore_network_prepare_replay(n, 1, NULL, e));
+    FAILS(train, lycore_network_buffer(n, LYCORE_BUFFER_EMA, &out.tensor, e));  // which its config does not ask for
+    FAILS(train, lycore_network_save(n, output_path, LYCORE_BUFFER_EMA, NULL, NULL, e));
+    FAILS(bad, lycore_network_save(n, output_path, LYCORE_BUFFER_GRADIENTS, NULL, NULL, e));
+    FAILS(bad, lycore_network_buffer(n, 3, &out.tensor, e));
     FAILS(bad, lycore_network_buffer(n, -1, &out.tensor, e));
-    FAILS(bad, lycore_network_save(n, output_path, "fp8", NULL, e));
-    FAILS(bad, lycore_network_save(n, output_path, "", NULL, e));
-    FAILS(bad, lycore_network_save(n, output_path, NULL, "{", e));
-    FAILS(bad, lycore_network_save(n, output_path, NULL, "{\"a\": 1}", e));
-    FAILS(LYCORE_FILE, lycore_network_save(n, folder, NULL, NULL, e));
-    FAILS(LYCORE_FILE, lycore_network_save(n, path_of("no-such-folder/a"), NULL, NULL, e));
+    FAILS(bad, lycore_network_save(n, output_path, LYCORE_BUFFER_PARAMETERS, "fp8", NULL, e));
+    FAILS(bad, lycore_network_save(n, output_path, LYCORE_BUFFER_PARAMETERS, "", NULL, e));
+    FAILS(bad, lycore_network_save(n, output_path, LYCORE_BUFFER_PARAMETERS, NULL, "{", e));
+    FAILS(bad, lycore_network_save(n, output_path, LYCORE_BUFFER_PARAMETERS, NULL, "{\"a\": 1}", e));
+    FAILS(LYCORE_FILE, lycore_network_save(n, folder, LYCORE_BUFFER_PARAMETERS, NULL, NULL, e));
+    FAILS(LYCORE_FILE, lycore_network_save(n, path_of("no-such-folder/a"), LYCORE_BUFFER_PARAMETERS, NULL, NULL, e));
     FAILS(LYCORE_FILE, lycore_network_save_state(n, path_of("no-such-folder/a"), e));
     FAILS(LYCORE_FILE, lycore_network_load_state(n, path_of("missing"), e));
     FAILS(LYCORE_FILE, lycore_network_load_state(n, folder, e));
@@ -523,9 +531,15 @@ static void networks(void) {
     WORKS(lycore_network_backward(n, 0, &x, &grad, NULL, NULL, e));
     FAILS(train, lycore_network_step(n, NULL, &out.step, e));
     CHECK_BYTES(buffer.data, before, bytes);
-    WORKS(lycore_network_zero_gradients(n, NULL, e));
+    // Whoever does not wait is told later.
+    WORKS(lycore_network_step(n, NULL, NULL, e));
+    CHECK_BYTES(buffer.data, before, bytes);
+    WORKS(lycore_network_results(n, &step, e));
+    CHECK_EQUAL(step.step, 0);
+    CHECK_EQUAL(step.skipped, 1);
     WORKS(lycore_network_step(n, NULL, &step, e));
     CHECK_EQUAL(step.step, 1);
+    CHECK_EQUAL(step.skipped, 0);
     for (int i = 0; i < 16; i++) x_data[i] = 0.0f;
     free(before);
 

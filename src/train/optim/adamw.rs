@@ -9,7 +9,7 @@
 //! ```
 
 use super::options::{Check, AT_LEAST_0, TWO_FRACTIONS};
-use super::{Layout, Optimizer, Part};
+use super::{Layout, Optimizer, Part, Rule};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -77,6 +77,18 @@ impl Optimizer for AdamW {
             let _ = p.f_addcdiv_(&g, &denominator)?;
         }
         Ok(())
+    }
+
+    fn rule(&self) -> Option<Rule<'_>> {
+        let Options { betas: (b1, b2), eps, weight_decay } = self.options;
+        Some(Rule {
+            kernel: "adamw",
+            numbers: vec![b1, b2, eps, weight_decay],
+            state: vec![&self.mean, &self.square],
+            carried: Vec::new(),
+            ranges: self.parts.clone(),
+            blocks: None,
+        })
     }
 
     fn state(&self) -> Vec<(&'static str, &Tensor)> {

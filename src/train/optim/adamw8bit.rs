@@ -14,7 +14,7 @@
 //! Operation by operation as its CPU kernel.
 
 use super::options::{Check, AT_LEAST_0, TWO_FRACTIONS, WHOLE};
-use super::{add_scaled, Layout, Optimizer, BLOCK};
+use super::{add_scaled, Layout, Optimizer, Part, Rule, BLOCK};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -144,6 +144,11 @@ impl Means {
         Ok(())
     }
 
+    /// As the kernel has them.
+    fn tensors(&self) -> [&Tensor; 5] {
+        [&self.wide, &self.codes, &self.scales, &self.values, &self.middles]
+    }
+
     fn state(&self, names: [&'static str; 3]) -> impl Iterator<Item = (&'static str, &Tensor)> {
         let tensors = [&self.wide, &self.codes, &self.scales];
         names.into_iter().zip(tensors).filter(|(_, tensor)| tensor.numel() > 0)
@@ -175,6 +180,19 @@ impl Optimizer for AdamW8bit {
             self.square.write(run, &v)?;
         }
         Ok(())
+    }
+
+    fn rule(&self) -> Option<Rule<'_>> {
+        let Options { betas: (b1, b2), eps, weight_decay, .. } = self.options;
+        let range = |run: &Run| Part { start: run.start, end: run.start + run.length, factor: run.factor };
+        Some(Rule {
+            kernel: "adamw8bit",
+            numbers: vec![b1, b2, eps, weight_decay],
+            state: [&self.mean, &self.square].into_iter().flat_map(Means::tensors).collect(),
+            carried: Vec::new(),
+            ranges: self.runs.iter().map(range).collect(),
+            blocks: Some(self.runs.iter().map(|run| (run.kept, run.small)).collect()),
+        })
     }
 
     fn state(&self) -> Vec<(&'static str, &Tensor)> {

@@ -10,7 +10,7 @@
 
 use super::options::{Check, AT_LEAST_0, BETAS_OF_AVERAGE, FINITE, WHOLE};
 use super::schedule_free::Average;
-use super::{Layout, Optimizer};
+use super::{Layout, Optimizer, Rule};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -81,6 +81,12 @@ impl Optimizer for AdamWScheduleFree {
             let _ = g.f_div_(&v.f_div_scalar(correction)?.f_sqrt_()?.f_add_scalar_(eps)?)?;
             Ok(())
         })
+    }
+
+    fn rule(&self) -> Option<Rule<'_>> {
+        let Options { betas, eps, weight_decay, warmup_steps, r, weight_lr_power } = self.options;
+        let numbers = vec![betas.0, r, weight_lr_power, betas.1, eps, weight_decay, warmup_steps as f64];
+        Some(self.average.rule("adamw_schedule_free", numbers, &self.square))
     }
 
     fn averaged(&self, master: &Tensor) -> Result<Option<Tensor>> {

@@ -7,7 +7,7 @@
 //! ```
 
 use super::options::{Check, AT_LEAST_0, FLAG, TWO_FRACTIONS};
-use super::{add_scaled, Layout, Optimizer, Part};
+use super::{add_scaled, Layout, Optimizer, Part, Rule};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -71,6 +71,17 @@ impl Optimizer for Lion {
             add_scaled(&mut m, &g, 1.0 - b2)?;
         }
         Ok(())
+    }
+
+    fn rule(&self) -> Option<Rule<'_>> {
+        Some(Rule {
+            kernel: "lion",
+            numbers: vec![self.betas.0, self.betas.1, self.weight_decay],
+            state: vec![&self.mean],
+            carried: Vec::new(),
+            ranges: self.parts.clone(),
+            blocks: None,
+        })
     }
 
     fn state(&self) -> Vec<(&'static str, &Tensor)> {

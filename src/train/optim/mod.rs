@@ -40,6 +40,11 @@ pub trait Optimizer: Send {
         step: u64,
     ) -> Result<()>;
 
+    /// How one pass on a GPU does the same, where `kernels/optimizer.cu` can.
+    fn rule(&self) -> Option<Rule<'_>> {
+        None
+    }
+
     /// The values that an adapter file gets, where they are not those of `master`. Asked only after a first step.
     fn averaged(&self, _master: &Tensor) -> Result<Option<Tensor>> {
         Ok(None)
@@ -52,6 +57,22 @@ pub trait Optimizer: Send {
 
     /// What a resume file must hold, by name: f32, f64 or u8 of any shape. Copying into these tensors restores the state.
     fn state(&self) -> Vec<(&'static str, &Tensor)>;
+}
+
+/// An optimizer as `kernels/optimizer.cu` takes it.
+pub struct Rule<'a> {
+    /// What its kernels are called there.
+    pub kernel: &'static str,
+    /// Its numbers, in the order of its `Numbers` there.
+    pub numbers: Vec<f64>,
+    /// Its tensors, in the order in which the kernel indexes them.
+    pub state: Vec<&'a Tensor>,
+    /// Single numbers in f64 that a step hands on to the next.
+    pub carried: Vec<&'a Tensor>,
+    /// The ranges of one learning rate, ascending.
+    pub ranges: Vec<Part>,
+    /// For a state in 8 bits that is laid out otherwise than the parameters: for each range where in it that begins, and whether it keeps 32.
+    pub blocks: Option<Vec<(usize, bool)>>,
 }
 
 /// How the flat buffers are divided.
@@ -105,10 +126,13 @@ impl Layout {
 
 /// A piece of the flat buffers with one learning rate.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Part {
-    start: usize,
-    end: usize,
-    factor: f64,
+pub struct Part {
+    /// First element.
+    pub start: usize,
+    /// Behind the last.
+    pub end: usize,
+    /// Of the learning rate.
+    pub factor: f64,
 }
 
 impl Part {

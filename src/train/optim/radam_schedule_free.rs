@@ -12,7 +12,7 @@
 
 use super::options::{Check, AT_LEAST_0, BETAS_OF_AVERAGE, FINITE, FLAG};
 use super::schedule_free::Average;
-use super::{Layout, Optimizer};
+use super::{Layout, Optimizer, Rule};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -100,6 +100,13 @@ impl Optimizer for RAdamScheduleFree {
                 Ok(())
             },
         )
+    }
+
+    fn rule(&self) -> Option<Rule<'_>> {
+        let Options { betas, eps, weight_decay, r, weight_lr_power, silent_sgd_phase } = self.options;
+        let silent = f64::from(silent_sgd_phase);
+        let numbers = vec![betas.0, r, weight_lr_power, betas.1, eps, weight_decay, silent];
+        Some(self.average.rule("radam_schedule_free", numbers, &self.square))
     }
 
     fn averaged(&self, master: &Tensor) -> Result<Option<Tensor>> {

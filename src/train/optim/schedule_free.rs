@@ -11,9 +11,9 @@
 //!
 //! Gradients are taken at y, which is therefore what the master holds; x, the average of the z, is what an adapter file gets.
 
-use super::{add_scaled, Layout, Part};
+use super::{add_scaled, scalar, Layout, Part, Rule};
 use crate::error::Result;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 /// The sequences y and z, and the weights of the average.
 pub struct Average {
@@ -22,7 +22,6 @@ pub struct Average {
     exponent: f64,
     parts: Vec<Part>,
     z: Tensor,
-    /// In host memory, as they depend on the schedule alone.
     weight_sum: Tensor,
     largest_rate: Tensor,
 }
@@ -30,12 +29,12 @@ pub struct Average {
 impl Average {
     /// Fresh state; z starts where the parameters are in the first step.
     pub fn new(beta: f64, exponent: f64, power: f64, layout: &Layout, master: &Tensor) -> Result<Self> {
-        let host = |value: f64| Tensor::f_full([0i64; 0], value, (Kind::Double, Device::Cpu));
         let (z, parts) = (master.f_zeros_like()?, layout.parts());
-        Ok(Average { beta, power, exponent, parts, z, weight_sum: host(0.0)?, largest_rate: host(-1.0)? })
+        let (weight_sum, largest_rate) = (scalar(0.0, master)?, scalar(-1.0, master)?);
+        Ok(Average { beta, power, exponent, parts, z, weight_sum, largest_rate })
     }
 
-    /// The weight c of step `step` at this rate.
+    /// The weight c of step `step` at this rate. Both sums depend on the schedule alone; on a GPU without kernels this waits for them.
     pub fn weigh(&mut self, rate: f64, step: u64) -> Result<f64> {
         let largest = self.largest_rate.f_double_value(&[])?.max(rate);
         let weight = (step as f64).powf(self.exponent) * largest.powf(self.power);
@@ -69,6 +68,18 @@ impl Average {
             add_scaled(&mut z, &g, -rate)?;
         }
         Ok(())
+    }
+
+    /// Both optimizers for a GPU, where the numbers begin with b1, r and power, and the state is z and the mean of squares.
+    pub fn rule<'a>(&'a self, kernel: &'static str, numbers: Vec<f64>, square: &'a Tensor) -> Rule<'a> {
+        Rule {
+            kernel,
+            numbers,
+            state: vec![&self.z, square],
+            carried: vec![&self.weight_sum, &self.largest_rate],
+            ranges: self.parts.clone(),
+            blocks: None,
+        }
     }
 
     /// x.

@@ -7,7 +7,7 @@
 //! ```
 
 use super::options::{Check, AT_LEAST_0, OPEN_FRACTION};
-use super::{add_scaled, Layout, Optimizer, Part};
+use super::{add_scaled, Layout, Optimizer, Part, Rule};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -65,6 +65,17 @@ impl Optimizer for SGDNesterov {
             add_scaled(&mut p, &g, -(learning_rate * part.factor))?;
         }
         Ok(())
+    }
+
+    fn rule(&self) -> Option<Rule<'_>> {
+        Some(Rule {
+            kernel: "sgd",
+            numbers: vec![self.options.momentum, self.options.weight_decay],
+            state: vec![&self.velocity],
+            carried: Vec::new(),
+            ranges: self.parts.clone(),
+            blocks: None,
+        })
     }
 
     fn state(&self) -> Vec<(&'static str, &Tensor)> {
