@@ -737,8 +737,8 @@ lycore_status lycore_adapter_convert(const struct lycore_adapter *adapter,
                                      char **report,
                                      struct lycore_error **error);
 
-// A new network without modules. `config` is JSON with sd-scripts' names where it has them; lycore_network_schema tells all keys with
-// their defaults. All problems of a config are reported at once.
+// A new network without modules. `config` is a JSON object, or TOML, with sd-scripts' names where it has them; lycore_network_schema tells
+// all keys with their defaults. All problems of a config are reported at once.
 //
 // # Safety
 // `config` is a NUL-terminated UTF-8 string. `out` may be written. `error` is NULL or may be written.

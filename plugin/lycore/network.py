@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import byref, c_bool, c_uint64, sizeof
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ._binding import (
@@ -24,7 +25,7 @@ from ._binding import (
 )
 from ._library import Closable, Owned, load
 from .adapter import encoded_path
-from .errors import AdapterKeyError, ArgumentError, DeviceError
+from .errors import AdapterKeyError, ArgumentError, DeviceError, FileError
 
 if TYPE_CHECKING:
     import torch
@@ -37,17 +38,23 @@ Result = TypeVar("Result")
 class Network(Closable):
     """A set of modules in training, on the layers of a torch model.
 
-    `config` has sd-scripts' names where it has them; `Network.schema()` tells all keys with their defaults. Needs the
+    `config` has sd-scripts' names where it has them; `Network.schema()` tells all keys with their defaults. It is a
+    mapping, a text of JSON or TOML, or the path of a file of either (a `pathlib.Path`; a `str` is a text). Needs the
     build with libtorch: LibraryError says what is missing. In this order: `attach` or `add`, `build`, then per step
     the model's forward, `loss.backward()`, `step`. The base model needs no gradients: freeze it. One call at a time;
     a second thread gets BusyError.
     """
 
-    def __init__(self, config: Mapping[str, Any] | None = None):
+    def __init__(self, config: Mapping[str, Any] | str | os.PathLike[str] | None = None):
         library = load(torch=True)
-        text = json.dumps(dict(config or {})).encode()
-        self._owner: Owned | None = library.new("lycore_network_new", "lycore_network_free", text)
-        self._accumulates = int((config or {}).get("gradient_accumulation_steps") or 1)
+        file = os.fspath(config) if isinstance(config, os.PathLike) else ""
+        try:
+            new = ("lycore_network_new", "lycore_network_free")
+            self._owner: Owned | None = library.new(*new, _text_of(config))
+        except ArgumentError as problem:
+            if not file:
+                raise
+            raise ArgumentError(f"{file}: {problem.message}", hint=problem.hint, file=file) from None
         self.names: list[str] = []
         """The layers' names, in the order in which they were added."""
         self._hooks: list[Any] = []
@@ -58,6 +65,12 @@ class Network(Closable):
     def schema() -> str:
         """The keys of a config with their defaults, one per line."""
         return load(torch=True).text("lycore_network_schema")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The options, those that were not given with their defaults."""
+        owner = self._handle()
+        return json.loads(owner.library.text("lycore_network_config", owner))
 
     def add(self, name: str, layer: torch.nn.Module) -> int | None:
         """Puts a module on one layer (Linear, Conv1d, Conv2d, Conv3d; norms with `train_norm`) and returns its number;
@@ -179,10 +192,10 @@ class Network(Closable):
         finally:
             current.wait_stream(stream)
             self._call("lycore_network_hold", False, None)
-        updates, left = divmod(self._calls - before, self._accumulates)
+        updates, left = divmod(self._calls - before, self.config["gradient_accumulation_steps"])
         if left or not updates:
             self.zero_gradients()
-            what = f"The function calls step {self._calls - before} times; updates take {self._accumulates} each."
+            what = f"The function calls step {self._calls - before} times; updates take {self.config["gradient_accumulation_steps"]} each."
             raise ArgumentError(what, hint="capture whole updates")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=stream):
@@ -293,6 +306,23 @@ def _told(done: lycore_step) -> dict[str, Any]:
         "updated": done.updated,
         "skipped": done.skipped,
     }
+
+
+def _text_of(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> bytes:
+    """A configuration as the library takes it."""
+    if isinstance(config, os.PathLike):
+        try:
+            text = Path(config).read_bytes()
+        except OSError as problem:
+            raise FileError(f"{os.fspath(config)}: {problem.strerror}", file=os.fspath(config)) from problem
+    elif isinstance(config, str):
+        text = config.encode()
+    else:
+        # Paths are welcome where an option wants one.
+        text = json.dumps(dict(config or {}), default=os.fspath).encode()
+    if b"\0" in text:
+        raise ArgumentError("The configuration has a NUL character.")
+    return text
 
 
 def _wanted(targets: Targets | None, name: str, layer: torch.nn.Module) -> bool:

@@ -141,8 +141,8 @@ pub(super) fn on_network<T>(
     work(&mut network)
 }
 
-/// A new network without modules. `config` is JSON with sd-scripts' names where it has them; lycore_network_schema tells all keys with
-/// their defaults. All problems of a config are reported at once.
+/// A new network without modules. `config` is a JSON object, or TOML, with sd-scripts' names where it has them; lycore_network_schema tells
+/// all keys with their defaults. All problems of a config are reported at once.
 ///
 /// # Safety
 /// `config` is a NUL-terminated UTF-8 string. `out` may be written. `error` is NULL or may be written.
@@ -181,6 +181,29 @@ pub unsafe extern "C" fn lycore_network_schema(
             let text = boundary::out(text, "text")?;
             training! {
                 *text = handle::new_text(c_text(train::Config::schema()));
+                Ok(())
+            }
+        })
+    }
+}
+
+/// The network's options as a JSON object, those that were not given with their defaults. `json` is freed with lycore_text_free.
+///
+/// # Safety
+/// `json` may be written. `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_network_config(
+    network: *const lycore_network,
+    json: *mut *mut c_char,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            let json = boundary::out(json, "json")?;
+            training! {
+                let config = on_network(network, |n| Ok(n.network.config().to_json().to_string()))?;
+                *json = handle::new_text(c_text(&config));
                 Ok(())
             }
         })

@@ -1,4 +1,4 @@
-//! The options of a training run: read from JSON, checked completely, all problems told at once.
+//! The options of a training run: read from JSON or TOML, checked completely, all problems told at once.
 
 use super::modules::{self, Modules};
 use super::optim::options::OPEN_FRACTION;
@@ -6,6 +6,7 @@ use super::optim::Options;
 use super::reader::{unknown_keys, Reader};
 use super::schedule::Schedule;
 use crate::algo::TRAINED;
+use super::text;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use once_cell::sync::Lazy;
@@ -163,23 +164,18 @@ impl Rates {
 }
 
 impl Config {
-    /// Reads a JSON object. The error lists every problem; an unknown key comes with the nearest known one.
-    pub fn parse(json: &str) -> Result<Config> {
-        let bad =
-            |what: String| Error::argument(what, "every option is described in the configuration's schema");
-        let text = if json.trim().is_empty() { "{}" } else { json };
-        let value: Value = serde_json::from_str(text)
-            .map_err(|e| bad(format!("the training configuration is not JSON: {e}")))?;
-        let Value::Object(map) = value else {
-            return Err(bad("the training configuration is not a JSON object".into()));
-        };
+    /// Reads a JSON object (what begins with a brace) or TOML. The error lists every problem; an unknown key comes with the nearest known
+    /// one.
+    pub fn parse(text: &str) -> Result<Config> {
         let mut problems = Vec::new();
-        let config = Self::read(&map, &mut problems);
-        match problems.len() {
-            0 => Ok(config),
-            1 => Err(bad(format!("training configuration: {}", problems[0]))),
-            n => Err(bad(format!("training configuration, {n} problems: {}", problems.join("; ")))),
-        }
+        let config = text::object(text).map(|map| Self::read(&map, &mut problems));
+        let config = config.map_err(|defects| problems = defects);
+        let what = match (config, problems.as_slice()) {
+            (Ok(config), []) => return Ok(config),
+            (_, [problem]) => format!("training configuration: {problem}"),
+            (_, all) => format!("training configuration, {} problems: {}", all.len(), all.join("; ")),
+        };
+        Err(Error::argument(what, "every option is described in the configuration's schema"))
     }
 
     /// Every key with its default and meaning, one per line, then every optimizer with its options.

@@ -22,6 +22,7 @@ mod schedule_options;
 pub mod state;
 #[cfg(test)]
 mod tests;
+mod text;
 
 pub use config::Config;
 pub use network::{Network, Step};

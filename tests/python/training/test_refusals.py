@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 import lycore
@@ -79,6 +81,44 @@ def test_all_problems_of_a_config_come_in_one_message():
 def test_options_that_contradict_each_other(config, part):
     with pytest.raises(lycore.ArgumentError, match=re.escape(part)):
         lycore.Network(config)
+
+
+def test_a_config_is_a_mapping_a_text_or_a_file(tmp_path):
+    mapping = {"network_dim": 3, "learning_rate": 0.125, "optimizer_args": {"betas": [0.5, 0.75]}}
+    toml = "network_dim = 3\nlearning_rate = 0.125\n[optimizer_args]\nbetas = [0.5, 0.75]\n"
+    (tmp_path / "run.toml").write_text("\ufeff" + toml)
+    (tmp_path / "run.json").write_text(json.dumps(mapping, indent=2))
+    states = set()
+    for config in (mapping, json.dumps(mapping), toml, tmp_path / "run.toml", tmp_path / "run.json"):
+        network = lycore.Network(config)
+        network.add("layer", nn.Linear(4, 4))
+        network.build()
+        network.save_state(tmp_path / "state.safetensors")
+        with safe_open(tmp_path / "state.safetensors", "pt") as file:
+            states.add(file.metadata()["config"])
+    assert len(states) == 1
+    assert json.loads(states.pop())["optimizer_args"]["betas"] == [0.5, 0.75]
+
+
+def test_defects_of_a_config_are_told_with_file_and_line(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("seed = 1\nseed = 2\nnetwork_dim 3\n")
+    with pytest.raises(lycore.ArgumentError) as caught:
+        lycore.Network(path)
+    for part in [f"{path}: training configuration, 2 problems: ", "line 2, `seed = 2`", "line 3, `network_dim 3`"]:
+        assert part in caught.value.message
+    assert caught.value.file == str(path)
+    path.write_text("netwrk_dim = 3\nlearning_rate = nan\n")
+    with pytest.raises(lycore.ArgumentError, match=r"nearest is `network_dim`; `learning_rate` is \"nan\""):
+        lycore.Network(path)
+    with pytest.raises(lycore.ArgumentError, match="not JSON: expected `:` at line 2"):
+        lycore.Network('{"seed": 1,\n"network_dim" 3}')
+    with pytest.raises(lycore.ArgumentError, match=r"`seed` stands twice; `optimizer_args\.eps` stands twice"):
+        lycore.Network('{"seed": 1, "seed": 1, "optimizer_args": {"eps": 1, "eps": 2}}')
+    with pytest.raises(lycore.FileError, match="missing"):
+        lycore.Network(tmp_path / "missing.toml")
+    with pytest.raises(lycore.ArgumentError, match="NUL"):
+        lycore.Network("seed = 1\n\0network_dim = 3")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
