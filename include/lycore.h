@@ -115,6 +115,15 @@
 // lycore_network_buffer: the average of the parameters that ema_decay keeps, fp32, flat. It starts where they are in the first step.
 #define LYCORE_BUFFER_EMA 2
 
+// lycore_network_checkpoint: after a call of lycore_network_step.
+#define LYCORE_MOMENT_STEP 0
+
+// lycore_network_checkpoint: after the last step of an epoch.
+#define LYCORE_MOMENT_EPOCH 1
+
+// lycore_network_checkpoint: after the last step of all.
+#define LYCORE_MOMENT_END 2
+
 // The result of a call. 0 is success; numbers are never given a second meaning. New ones may appear: treat an unknown one as an error.
 enum lycore_status
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -752,6 +761,14 @@ lycore_status lycore_network_new(const char *config,
 // `text` may be written. `error` is NULL or may be written.
 lycore_status lycore_network_schema(char **text, struct lycore_error **error);
 
+// The network's options as a JSON object, those that were not given with their defaults. `json` is freed with lycore_text_free.
+//
+// # Safety
+// `json` may be written. `error` is NULL or may be written.
+lycore_status lycore_network_config(const struct lycore_network *network,
+                                    char **json,
+                                    struct lycore_error **error);
+
 // The qualified name, "namespace::module", of an operator of libtorch, for hosts that have libtorch's graph:
 // `module(Tensor anchor, Tensor x, Tensor base, Tensor? weight, int network, int index, int axes, bool fresh) -> Tensor` gives
 // base + what module `index` adds for x, and calls lycore_network_backward's work in the graph's backward. `anchor` is any tensor that requires a
@@ -918,8 +935,14 @@ lycore_status lycore_network_progress(const struct lycore_network *network,
 // Number of trainable parameters; 0 when `network` is not a live network.
 uint64_t lycore_network_parameter_count(const struct lycore_network *network);
 
+// Ends of epochs told to lycore_network_checkpoint, those before lycore_network_load_state too: a run that was stopped between the last step of an
+// epoch and its end has one less than its steps say. 0 when `network` is not a live network.
+uint64_t lycore_network_epochs(const struct lycore_network *network);
+
 // Writes the adapter as a kohya safetensors file with training metadata, whole or not at all. `which` is LYCORE_BUFFER_PARAMETERS or
-// LYCORE_BUFFER_EMA; `dtype` is NULL (fp32) or "fp32", "fp16", "bf16"; `metadata` is NULL or a JSON object of texts to add.
+// LYCORE_BUFFER_EMA; `dtype` is NULL (the config's save_precision) or
+// "fp32", "fp16", "bf16"; `metadata` is NULL or a JSON object of texts to add. Two files of one state differ in their times only; the environment
+// variable SOURCE_DATE_EPOCH stands for the clock.
 //
 // # Safety
 // The texts are NULL or NUL-terminated UTF-8, `path` is not NULL. `error` is NULL or may be written.
@@ -929,6 +952,34 @@ lycore_status lycore_network_save(struct lycore_network *network,
                                   const char *dtype,
                                   const char *metadata,
                                   struct lycore_error **error);
+
+// Writes the files that the config's output_dir, save_every_n_steps and so on make due at this `moment` (LYCORE_MOMENT_*), whole or not at all,
+// and deletes those that they put out of date. Call it after each lycore_network_step, at the end of each epoch and at the end of all; the epochs
+// are counted by it. `value` is a loss or validation value of the parameters as they are, or NaN: the least so far is the best. Where several
+// processes train together, one of them calls it. Nothing is due without output_dir; then the end is LYCORE_TRAIN.
+//
+// A file that cannot be written is LYCORE_FILE: older files stay, and training can go on. Only files are deleted that this run wrote, or the run
+// whose state it loaded. `report` may be NULL; it becomes JSON {"step", "epoch", "best": number or null, "written": [path], "deleted": [path],
+// "left": [{"file", "reason"}] (what should have been deleted but was not)}, freed with lycore_text_free.
+//
+// # Safety
+// `report` and `error` are NULL or may be written.
+lycore_status lycore_network_checkpoint(struct lycore_network *network,
+                                        int32_t moment,
+                                        double value,
+                                        void *stream,
+                                        char **report,
+                                        struct lycore_error **error);
+
+// The adapter as it is now, as lycore_network_save would write it, with its own memory: it stays while training goes on, and a stack takes it as
+// any other. Freed with lycore_adapter_free.
+//
+// # Safety
+// `out` may be written. `error` is NULL or may be written.
+lycore_status lycore_network_adapter(struct lycore_network *network,
+                                     void *stream,
+                                     struct lycore_adapter **out,
+                                     struct lycore_error **error);
 
 // Writes everything that a resumed run needs to go on bit for bit: parameters, optimizer state, step, accumulated gradients. Whole or not
 // at all. The order of the data is the host's.

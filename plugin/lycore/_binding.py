@@ -47,6 +47,9 @@ LYCORE_NO_MODULE = 4294967295
 LYCORE_BUFFER_PARAMETERS = 0
 LYCORE_BUFFER_GRADIENTS = 1
 LYCORE_BUFFER_EMA = 2
+LYCORE_MOMENT_STEP = 0
+LYCORE_MOMENT_EPOCH = 1
+LYCORE_MOMENT_END = 2
 
 
 class lycore_status(IntEnum):
@@ -338,6 +341,8 @@ def declare(library: CDLL) -> None:
     library.lycore_network_new.argtypes = [c_char_p, POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_network_schema.restype = c_int32
     library.lycore_network_schema.argtypes = [POINTER(c_void_p), POINTER(c_void_p)]
+    library.lycore_network_config.restype = c_int32
+    library.lycore_network_config.argtypes = [c_void_p, POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_network_operator.restype = c_int32
     library.lycore_network_operator.argtypes = [POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_network_add_layer.restype = c_int32
@@ -393,8 +398,21 @@ def declare(library: CDLL) -> None:
     library.lycore_network_progress.argtypes = [c_void_p, POINTER(c_uint64), POINTER(c_uint64), POINTER(c_void_p)]
     library.lycore_network_parameter_count.restype = c_uint64
     library.lycore_network_parameter_count.argtypes = [c_void_p]
+    library.lycore_network_epochs.restype = c_uint64
+    library.lycore_network_epochs.argtypes = [c_void_p]
     library.lycore_network_save.restype = c_int32
     library.lycore_network_save.argtypes = [c_void_p, c_char_p, c_int32, c_char_p, c_char_p, POINTER(c_void_p)]
+    library.lycore_network_checkpoint.restype = c_int32
+    library.lycore_network_checkpoint.argtypes = [
+        c_void_p,
+        c_int32,
+        c_double,
+        c_void_p,
+        POINTER(c_void_p),
+        POINTER(c_void_p),
+    ]
+    library.lycore_network_adapter.restype = c_int32
+    library.lycore_network_adapter.argtypes = [c_void_p, c_void_p, POINTER(c_void_p), POINTER(c_void_p)]
     library.lycore_network_save_state.restype = c_int32
     library.lycore_network_save_state.argtypes = [c_void_p, c_char_p, POINTER(c_void_p)]
     library.lycore_network_load_state.restype = c_int32

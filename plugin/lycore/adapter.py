@@ -105,6 +105,13 @@ class Adapter:
             self._owner = library.new(*new, encoded_path(self.path))
         self._modules: list[Module] | None = None
 
+    @classmethod
+    def of(cls, owner: Owned) -> Adapter:
+        """An adapter that the library made in memory."""
+        made = cls.__new__(cls)
+        made.path, made._owner, made._modules = None, owner, None
+        return made
+
     @property
     def modules(self) -> list[Module]:
         """The modules that can be used, in the order of the file."""
@@ -126,11 +133,7 @@ class Adapter:
         UnsupportedError when no module has ranks that can be cut.
         """
         owner = self._handle()
-        cut = Adapter.__new__(Adapter)
-        cut.path = None
-        cut._owner = owner.library.new("lycore_adapter_prefix", "lycore_adapter_free", owner, rank)
-        cut._modules = None
-        return cut
+        return Adapter.of(owner.library.new("lycore_adapter_prefix", "lycore_adapter_free", owner, rank))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the modules to a safetensors file in the spelling that they were read in; whole or not at all."""

@@ -18,13 +18,16 @@ from ._binding import (
     LYCORE_BUFFER_PARAMETERS,
     LYCORE_DEVICE_CPU,
     LYCORE_DEVICE_CUDA,
+    LYCORE_MOMENT_END,
+    LYCORE_MOMENT_EPOCH,
+    LYCORE_MOMENT_STEP,
     LYCORE_NO_MODULE,
     lycore_device,
     lycore_step,
     lycore_tensor,
 )
 from ._library import Closable, Owned, load
-from .adapter import encoded_path
+from .adapter import Adapter, encoded_path
 from .errors import AdapterKeyError, ArgumentError, DeviceError, FileError
 
 if TYPE_CHECKING:
@@ -224,6 +227,14 @@ class Network(Closable):
         return steps.value, micro_steps.value
 
     @property
+    def epochs(self) -> int:
+        """How often `end_epoch` was called, before `load_state` too. A run that was stopped between the last step of an
+        epoch and its end has one less than its steps say: call `end_epoch` then.
+        """
+        owner = self._handle()
+        return owner.library.functions.lycore_network_epochs(owner)
+
+    @property
     def parameters(self) -> torch.Tensor:
         """All parameters, fp32, flat, on the network's device; a view. After writing it call `refresh`."""
         return self._buffer(LYCORE_BUFFER_PARAMETERS)
@@ -251,20 +262,58 @@ class Network(Closable):
     def save(
         self,
         path: str | os.PathLike[str],
-        dtype: str = "fp32",
+        dtype: str | None = None,
         metadata: Mapping[str, str] | None = None,
         *,
         ema: bool = False,
     ) -> None:
         """Writes the adapter as a kohya safetensors file, whole or not at all.
 
-        `dtype` is "fp32", "fp16" or "bf16"; `metadata` is added. With `ema` the file gets the average that `ema_decay`
-        keeps. With a schedule-free optimizer it gets that one's average, which `parameters`, where gradients are taken,
-        is not.
+        `dtype` is "fp32", "fp16" or "bf16", by default the config's `save_precision`; `metadata` is added. With `ema`
+        the file gets the average that `ema_decay` keeps. With a schedule-free optimizer it gets that one's average,
+        which `parameters`, where gradients are taken, is not. Two files of one state differ in their times only;
+        SOURCE_DATE_EPOCH in the environment stands for the clock.
         """
         added = None if metadata is None else json.dumps(dict(metadata)).encode()
         which = LYCORE_BUFFER_EMA if ema else LYCORE_BUFFER_PARAMETERS
-        self._call("lycore_network_save", encoded_path(os.fspath(path)), which, dtype.encode(), added)
+        self._call("lycore_network_save", encoded_path(os.fspath(path)), which, dtype and dtype.encode(), added)
+
+    def checkpoint(self, loss: float | None = None) -> dict[str, Any]:
+        """Call it after each `step`: writes the files that the config makes due (`output_dir`, `save_every_n_steps`,
+        `save_state`, ..), whole or not at all, and deletes those that they put out of date.
+
+        `loss` is a value of the parameters as they are, better of validation than of one batch: with `save_best` the
+        least so far is kept in a file of its own. Returns {"step", "epoch", "best", "written": [path], "deleted":
+        [path], "left": [{"file", "reason"}]}; "left" should have been deleted but was not. Only files are deleted
+        that this run wrote, or the run whose state it loaded. FileError for a file that cannot be written; older
+        files stay, and training can go on. Where several processes train together, one of them calls it.
+        """
+        return self._checkpoint(LYCORE_MOMENT_STEP, loss)
+
+    def end_epoch(self, loss: float | None = None) -> dict[str, Any]:
+        """Counts an epoch, and does what `checkpoint` does with the files due then."""
+        return self._checkpoint(LYCORE_MOMENT_EPOCH, loss)
+
+    def finish(self, loss: float | None = None) -> dict[str, Any]:
+        """Writes the last files, `{output_name}.safetensors` and with `save_state` its state, as `checkpoint` does."""
+        return self._checkpoint(LYCORE_MOMENT_END, loss)
+
+    def _checkpoint(self, moment: int, loss: float | None) -> dict[str, Any]:
+        owner = self._handle()
+        value = float("nan") if loss is None else float(loss)
+        return json.loads(owner.library.text("lycore_network_checkpoint", owner, moment, value, None))
+
+    def adapter(self) -> Adapter:
+        """The adapter as it is now, as `save` would write it: a copy that a Stack takes as any other, while training
+        goes on. Between other calls, in their thread; the adapter may go to any thread.
+
+            with lycore.Stack(other_unet) as stack:    # on the trained model itself the modules add their delta already
+                stack.add(network.adapter(), 0.8)
+                stack.apply()
+                picture = pipeline(prompt)
+        """
+        owner = self._handle()
+        return Adapter.of(owner.library.new("lycore_network_adapter", "lycore_adapter_free", owner, None))
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Writes everything that a resumed run needs to go on bit for bit. The order of the data is the host's."""

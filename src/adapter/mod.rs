@@ -109,6 +109,15 @@ impl Adapter {
         Self::read(path.to_owned(), file.into(), Some(path))
     }
 
+    /// Reads an adapter from tensors under the names that they have in a file.
+    #[cfg(feature = "torch")]
+    pub(crate) fn of_tensors(
+        tensors: Vec<(String, Tensor)>,
+        metadata: BTreeMap<String, String>,
+    ) -> Result<Arc<Self>> {
+        Self::read("<memory>".into(), Content { tensors, metadata }, None)
+    }
+
     fn read(path: PathBuf, content: Content, beside: Option<&Path>) -> Result<Arc<Self>> {
         let Content { tensors, metadata } = content;
         let control = keys::is_control(tensors.iter().map(|(key, _)| key.as_str()));

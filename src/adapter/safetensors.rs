@@ -20,7 +20,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use writer::{to_vec, Writer};
+pub use writer::{header, to_vec, Writer};
 
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -21,7 +21,7 @@
 //! most 24), `clip_skip`, `noise_offset`, `min_snr_gamma`, `mixed_precision`, `seed`, `loss_type`, `seconds` (of training).
 
 mod tools;
-mod values;
+pub(crate) mod values;
 
 #[cfg(test)]
 mod tests;

@@ -1,16 +1,18 @@
 //! The options of a training run: read from JSON or TOML, checked completely, all problems told at once.
 
+use super::keep::Saving;
 use super::modules::{self, Modules};
 use super::optim::options::OPEN_FRACTION;
 use super::optim::Options;
 use super::reader::{unknown_keys, Reader};
 use super::schedule::Schedule;
-use crate::algo::TRAINED;
 use super::text;
+use crate::algo::TRAINED;
 use crate::dtype::Float;
 use crate::error::{Error, Result};
 use once_cell::sync::Lazy;
 use serde_json::{json, Map, Value};
+use std::collections::BTreeMap;
 
 /// One documented option.
 pub(super) struct Key {
@@ -68,7 +70,7 @@ static KEYS: &[Key] = &[
     key(
         "ema_decay",
         "none",
-        "keeps an average of the parameters, ema = ema_decay * ema + (1 - ema_decay) * parameters after each update; a number \
+        "keeps an average of the parameters, which files in output_dir get; ema = ema_decay * ema + (1 - ema_decay) * parameters after each update; a number \
          above 0 and below 1, such as 0.999",
     ),
     key("optimizer_type", "\"AdamW\"", "one of those below, in any case"),
@@ -97,8 +99,31 @@ static KEYS: &[Key] = &[
         "algorithm, rank and alpha of each module are those of network_weights; layers that it lacks get no module",
     ),
     key("scale_weight_norms", "none", "after each update every module whose norm of dW is above this is scaled down to it"),
-    key("output_name", "none", "name of the adapter, written to the file"),
+    key("output_name", "none", "name of the adapter, written to the file; the beginning of the names of files in output_dir"),
     key("training_comment", "none", "free text, written to the file"),
+    key(
+        "metadata",
+        "{}",
+        "texts to write to the adapter's files; ss_base_model_version, guessed where it is missing, decides modelspec.architecture",
+    ),
+    key("output_dir", "none", "folder of the files below, and of the last one, {output_name}.safetensors; made where it is missing"),
+    key("save_every_n_steps", "none", "{output_name}-step00000100.safetensors after every so many updates"),
+    key("save_every_n_epochs", "none", "{output_name}-000001.safetensors after every so many epochs, the last one too"),
+    key(
+        "save_last_n_steps",
+        "none",
+        "of the files of steps keep those of the last so many steps, not so many files; deleted is only what this run wrote",
+    ),
+    key("save_last_n_epochs", "none", "of the files of epochs keep the last so many files; deleted is only what this run wrote"),
+    key("save_state", "false", "beside each file also {..}-state.safetensors, from which the run can go on"),
+    key("save_last_n_steps_state", "save_last_n_steps", "the same for states"),
+    key("save_last_n_epochs_state", "save_last_n_epochs", "the same for states"),
+    key(
+        "save_best",
+        "false",
+        "{output_name}-best.safetensors whenever the host gives a loss or validation value that is less than all before",
+    ),
+    key("save_precision", "\"float\"", "float, fp16 or bf16: dtype of the adapter's files; alpha stays float"),
 ];
 
 /// A checked set of options; absent ones have their defaults.
@@ -118,6 +143,8 @@ pub struct Config {
     pub(crate) gradient_accumulation_steps: u64,
     pub(crate) output_name: Option<String>,
     pub(crate) training_comment: Option<String>,
+    pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) saving: Saving,
 }
 
 /// Learning rates of parts of a network; `None` is the common one.
@@ -219,6 +246,7 @@ impl Config {
         let mixed_precision = read.choice("mixed_precision", &precisions).unwrap_or(Float::F32);
         let gradient_accumulation_steps =
             read.whole("gradient_accumulation_steps", (1, 1 << 32)).unwrap_or(1);
+        let output_name = read.text("output_name");
         Config {
             modules,
             rates: Rates::read(&mut read),
@@ -232,8 +260,10 @@ impl Config {
             seed,
             mixed_precision,
             gradient_accumulation_steps,
-            output_name: read.text("output_name"),
             training_comment: read.text("training_comment"),
+            metadata: read.texts("metadata").unwrap_or_default(),
+            saving: Saving::read(&mut read, output_name.as_deref()),
+            output_name,
         }
     }
 
@@ -272,6 +302,10 @@ impl Config {
         if let Value::Object(json) = &mut json {
             self.modules.write(json);
             self.rates.write(json);
+            if !self.metadata.is_empty() {
+                json.insert("metadata".into(), json!(self.metadata));
+            }
+            self.saving.write(json);
             self.schedule.write(json);
         }
         json
@@ -353,6 +387,9 @@ mod tests {
             r#"{"lr_scheduler": "cosine_with_min_lr", "max_train_steps": 20, "lr_scheduler_min_lr_ratio": 0}"#,
             r#"{"lr_scheduler": "piecewise_constant", "lr_scheduler_args": {"step_rules": "1:5,0.3:7,0.01"}}"#,
             r#"{"lr_scheduler": "cosine_with_restarts", "max_train_steps": 20, "lr_scheduler_num_cycles": 3, "learning_rate": 0.3, "ema_decay": 0.995}"#,
+            r#"{"output_dir": "out", "output_name": "x", "save_every_n_steps": 5, "save_last_n_steps": 15, "save_every_n_epochs": 2,
+                "save_last_n_epochs": 3, "save_state": true, "save_last_n_steps_state": 1, "save_last_n_epochs_state": 2, "save_best": true,
+                "save_precision": "bf16", "metadata": {"ss_base_model_version": "sd_v1"}}"#,
         ];
         let optimizers =
             Options::NAMES.iter().map(|name| format!(r#"{{"optimizer_type": "{}"}}"#, name.to_uppercase()));

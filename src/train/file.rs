@@ -1,5 +1,6 @@
-//! A network's adapter file: written in kohya's form with its metadata, read to go on from any adapter that fits.
+//! A network's adapter: written in kohya's form with its metadata, given as a snapshot in memory, read to go on from any that fits.
 
+use super::metadata::{hashes, Stored};
 use super::modules::Known;
 use super::network::{file_name, train, Built, Network};
 use super::params::to_host;
@@ -8,25 +9,43 @@ use crate::adapter::Adapter;
 use crate::adapter::KeyStatus;
 use crate::dtype::{Dtype, Float};
 use crate::error::{Error, FileFault, Result};
-use serde_json::json;
-use sha2::{Digest, Sha256};
+use crate::view::Tensor;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::sync::Arc;
 
 /// Relative difference up to which two alphas are the same number: bf16 keeps no more.
 const ALPHA_TOLERANCE: f64 = 1.0 / 256.0;
 
 impl Network {
-    /// Writes the adapter. `metadata` is added to what the network knows and wins over it; `ss_base_model_version` in it also decides
-    /// modelspec's architecture. With `ema` the values are those of the average.
-    pub fn save(
-        &self,
-        path: &Path,
-        dtype: Float,
-        metadata: &BTreeMap<String, String>,
-        ema: bool,
-    ) -> Result<()> {
+    /// Writes the adapter. `added` is added to the metadata of the network and of its configuration, and wins over both. With `ema` the
+    /// values are those of the average.
+    pub fn save(&self, path: &Path, dtype: Float, added: &BTreeMap<String, String>, ema: bool) -> Result<()> {
         let steps = self.settled_steps()?;
+        let tensors = self.tensors(dtype, steps, ema)?;
+        let mut metadata = self.metadata(added, steps);
+        metadata.extend(hashes(&tensors, &metadata)?);
+        let (header, bodies): (Vec<_>, Vec<_>) =
+            tensors.into_iter().map(|(k, d, s, b)| ((k, d, s), b)).unzip();
+        let mut writer = Writer::create(path, &header, &metadata)?;
+        bodies.iter().try_for_each(|body| writer.write(body))?;
+        writer.finish()
+    }
+
+    /// The adapter that `save` would write now, in the configured precision, as if it were read from that file. It has its own memory:
+    /// training goes on and the snapshot stays.
+    pub fn adapter(&self) -> Result<Arc<Adapter>> {
+        let tensor = |(key, dtype, shape, bytes): Stored| {
+            let other = || Error::Backend(format!("`{key}`: {dtype} of shape {shape:?} has other bytes"));
+            Ok((key.clone(), Tensor::of_vec(bytes, dtype, &shape).ok_or_else(other)?))
+        };
+        let steps = self.settled_steps()?;
+        let tensors = self.tensors(self.config.saving.precision, steps, false)?.into_iter().map(tensor);
+        Adapter::of_tensors(tensors.collect::<Result<_>>()?, self.metadata(&BTreeMap::new(), steps))
+    }
+
+    /// Every tensor of the adapter after `steps` updates, in the order of its file.
+    fn tensors(&self, dtype: Float, steps: u64, ema: bool) -> Result<Vec<Stored>> {
         let built = self.built()?;
         let params = &built.params;
         let averaged = match (ema, steps) {
@@ -35,7 +54,7 @@ impl Network {
             (false, _) => tch::no_grad(|| built.optimizer.averaged(params.master()))?,
         };
         let values = to_host(averaged.as_ref().unwrap_or(params.master()))?;
-        let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+        let mut tensors: Vec<Stored> = Vec::new();
         let mut broken = Vec::new();
         for module in &self.modules {
             for (slot, number) in module.algorithm.constants() {
@@ -70,62 +89,7 @@ impl Network {
         }
         // Larger elements first, then by name: every tensor is aligned, as in the files of the safetensors library.
         tensors.sort_unstable_by(|a, b| b.1.bitsize().cmp(&a.1.bitsize()).then_with(|| a.0.cmp(&b.0)));
-        let mut hash = Sha256::new();
-        tensors.iter().for_each(|(.., bytes)| hash.update(bytes));
-        let mut all = self.metadata(metadata.get("ss_base_model_version").map(String::as_str), steps);
-        all.insert("sshs_model_hash".into(), format!("{:x}", hash.finalize()));
-        all.extend(metadata.iter().map(|(k, v)| (k.clone(), v.clone())));
-        let (header, bodies): (Vec<_>, Vec<_>) =
-            tensors.into_iter().map(|(k, d, s, b)| ((k, d, s), b)).unzip();
-        let mut writer = Writer::create(path, &header, &all)?;
-        bodies.iter().try_for_each(|body| writer.write(body))?;
-        writer.finish()
-    }
-
-    /// What sd-scripts and modelspec would say about this network; every value is text.
-    fn metadata(&self, base: Option<&str>, steps: u64) -> BTreeMap<String, String> {
-        let (c, options) = (&self.config, &self.config.modules.all);
-        let schedule = c.schedule();
-        let mut all: BTreeMap<&str, String> = BTreeMap::from([
-            ("ss_network_module", "networks.lora".into()),
-            ("ss_network_dim", options.rule.dim.to_string()),
-            ("ss_network_alpha", options.rule.alpha.to_string()),
-            ("ss_learning_rate", schedule.base.to_string()),
-            ("ss_lr_scheduler", schedule.scheduler.name().into()),
-            ("ss_lr_warmup_steps", schedule.warmup.to_string()),
-            ("ss_max_train_steps", schedule.total.map_or("None".into(), |n| n.to_string())),
-            ("ss_steps", steps.to_string()),
-            ("ss_max_grad_norm", c.max_grad_norm.to_string()),
-            ("ss_gradient_accumulation_steps", c.gradient_accumulation_steps.to_string()),
-            ("ss_mixed_precision", c.precision_name().into()),
-            ("ss_seed", c.seed.to_string()),
-            ("ss_optimizer", c.optimizer.written()),
-            ("modelspec.sai_model_spec", "1.0.1".into()),
-            ("modelspec.title", c.output_name.clone().unwrap_or_else(|| "LoRA".into())),
-        ]);
-        if self.modules.iter().any(|m| m.layer.large_kernel()) {
-            let args = json!({"conv_dim": options.conv_dim.to_string(), "conv_alpha": options.conv_alpha.to_string()});
-            all.insert("ss_network_args", args.to_string());
-        }
-        if let Some(name) = &c.output_name {
-            all.insert("ss_output_name", name.clone());
-        }
-        if let Some(comment) = &c.training_comment {
-            all.insert("ss_training_comment", comment.clone());
-        }
-        const STABILITY: &str = "https://github.com/Stability-AI/generative-models";
-        let spec = match base {
-            Some("sd_v1") => Some(("stable-diffusion-v1/lora", "diffusers")),
-            Some("sd_v2") => Some(("stable-diffusion-v2-512/lora", "diffusers")),
-            Some("sd_v2_v") => Some(("stable-diffusion-v2-768-v/lora", "diffusers")),
-            Some(name) if name.starts_with("sdxl_") => Some(("stable-diffusion-xl-v1-base/lora", STABILITY)),
-            _ => None,
-        };
-        if let Some((architecture, implementation)) = spec {
-            all.insert("modelspec.architecture", architecture.into());
-            all.insert("modelspec.implementation", implementation.into());
-        }
-        all.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()
+        Ok(tensors)
     }
 
     /// Takes the values of an adapter file, in any dialect that can be read, and gives the number of modules that it had. Modules of

@@ -7,10 +7,13 @@
 //! All parameters live in one flat buffer ([`params`]), so that clipping, the optimizer, a check for NaN, an all-reduce and a resume file
 //! are each one operation. Formulas are those of [`crate::algo`].
 
+pub mod checkpoint;
 pub mod config;
 mod file;
 mod fused;
 mod init;
+pub mod keep;
+mod metadata;
 mod modules;
 pub mod network;
 mod norms;
@@ -24,5 +27,7 @@ pub mod state;
 mod tests;
 mod text;
 
+pub use checkpoint::Files;
 pub use config::Config;
+pub use keep::Moment;
 pub use network::{Network, Step};

@@ -3,6 +3,8 @@
 use super::config::Config;
 use super::fused::Fused;
 use super::init;
+use super::keep::Run;
+use super::metadata::Session;
 use super::modules::Known;
 use super::optim::{Layout, Optimizer};
 use super::params::{Params, Plan};
@@ -87,6 +89,8 @@ pub struct Network {
     skipped: u64,
     /// See [`Network::hold`].
     held: bool,
+    pub(super) run: Run,
+    pub(super) session: Session,
 }
 
 /// What exists after `build`.
@@ -111,6 +115,8 @@ impl Network {
         };
         Ok(Network {
             known,
+            session: Session::new(&config.to_json().to_string()),
+            run: Run::default(),
             config,
             modules: Vec::new(),
             names: HashMap::new(),

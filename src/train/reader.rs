@@ -2,6 +2,7 @@
 
 use super::optim::options::{Check, Options};
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 
 /// Takes values out of an object and collects what is wrong with them. An absent key and null are the default.
 pub struct Reader<'a> {
@@ -78,6 +79,16 @@ impl<'a> Reader<'a> {
             self.wrong(name, value, "true or false");
         }
         value.as_bool()
+    }
+
+    /// An object of texts.
+    pub fn texts(&mut self, name: &str) -> Option<BTreeMap<String, String>> {
+        let value = self.get(name)?;
+        let texts = serde_json::from_value(value.clone()).ok();
+        if texts.is_none() {
+            self.wrong(name, value, "an object of texts");
+        }
+        texts
     }
 
     /// A text.

@@ -4,6 +4,8 @@
 //! state, in its dtypes and shapes. Its metadata holds the counters, the options and a table of the modules, by which another network's file is recognised.
 
 use super::config::Config;
+use super::keep::Run;
+use super::metadata::{Session, SESSION, STARTED};
 use super::network::{not_built, Built, Network};
 use crate::adapter::safetensors::{File, Writer};
 use crate::dtype::{byte_len, Dtype};
@@ -27,6 +29,9 @@ impl Network {
             ("micro_step".into(), self.micro.to_string()),
             ("config".into(), self.config.to_json().to_string()),
             ("modules".into(), self.table().to_string()),
+            ("run".into(), json!(self.run).to_string()),
+            (SESSION.into(), self.session.id.clone()),
+            (STARTED.into(), self.session.started_at.to_string()),
         ]);
         let header: Vec<_> = tensors
             .iter()
@@ -67,12 +72,18 @@ impl Network {
             text.parse::<u64>().map_err(|_| wrong(format!("`{name}` is `{text}`, not a count")))
         };
         let (steps, micro) = (count("step")?, count("micro_step")?);
+        let session = Session { id: field(SESSION)?.clone(), started_at: count(STARTED)? };
+        let mut run: Run = serde_json::from_str(field("run")?).map_err(|e| wrong(format!("`run`: {e}")))?;
         let table: Value = serde_json::from_str(field("modules")?)
             .map_err(|e| wrong(format!("`modules` is not JSON: {e}")))?;
         if let Some(difference) = difference(&table, &self.table()) {
             return Err(wrong(format!("is the state of another network: {difference}")));
         }
         let config = Config::parse(field("config")?).map_err(|e| wrong(format!("`config`: {e}")))?;
+        if config.saving.dir != self.config.saving.dir {
+            // Files of the same names in another folder are others'.
+            run.files.clear();
+        }
         let (theirs, ours) = (config.optimizer.name(), self.config.optimizer.name());
         if theirs != ours {
             return Err(wrong(format!(
@@ -120,6 +131,7 @@ impl Network {
         params.refresh()?;
         params.settle()?;
         (self.steps, self.micro, self.dirty) = (steps, micro, with_gradient);
+        (self.run, self.session) = (run, session);
         Ok(())
     }
 

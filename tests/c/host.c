@@ -623,19 +623,17 @@ static float *parameters(lycore_network *network, size_t *bytes) {
     return copy;
 }
 
-// Opens the trained file as an adapter, merges it into the base, and compares the model's output with the one in training; then the
-// gradient of x with the one that the merged weight gives.
-static void merged_equals_trained(lycore_network *network, uint64_t module) {
+// Merges the trained adapter into the base, and compares the model's output with the one in training; then the gradient of x with the
+// one that the merged weight gives. Frees the adapter.
+static void merged_equals_trained(lycore_network *network, uint64_t module, lycore_adapter *adapter) {
     float trained[BATCH * OUT], weight_now[OUT * IN], grad_y[BATCH * OUT], grad_x[BATCH * IN];
     forward(network, module, trained);
 
-    lycore_adapter *adapter = NULL;
     lycore_stack *stack = NULL;
     uint64_t id;
     int64_t shape[2] = {OUT, IN}, x_shape[2] = {BATCH, IN}, y_shape[2] = {BATCH, OUT};
     memcpy(weight_now, base, sizeof base);
     const lycore_tensor target = matrix(weight_now, shape);
-    CHECK_OK(lycore_adapter_open(path_of("trained.safetensors"), &adapter, &error));
     CHECK_OK(lycore_stack_new(LYCORE_BACKUP_HOST, &stack, &error));
     CHECK_OK(lycore_stack_add_target(stack, layer_name, &target, &error));
     CHECK_OK(lycore_stack_add_adapter(stack, adapter, NULL, &id, &error));
@@ -672,6 +670,36 @@ static void merged_equals_trained(lycore_network *network, uint64_t module) {
     CHECK_EQUAL(lycore_adapter_free(adapter), LYCORE_OK);
 }
 
+// The config says which files are written when, and which older ones go for them.
+static void checkpoints(void) {
+    char config[4096];
+    snprintf(config, sizeof config, "output_dir = '%s'\noutput_name = 'run'\nsave_every_n_steps = 1\nsave_last_n_steps = 1\n", path_of("run"));
+    lycore_network *network = NULL;
+    uint64_t module;
+    const int64_t shape[2] = {OUT, IN};
+    const lycore_device cpu = {LYCORE_DEVICE_CPU, 0};
+    CHECK_OK(lycore_network_new(config, &network, &error));
+    CHECK_OK(lycore_network_add_module(network, layer_name, shape, 2, NULL, &module, &error));
+    CHECK_OK(lycore_network_build(network, cpu, &error));
+    for (int i = 1; i <= 3; i++) {
+        char *report = NULL;
+        CHECK_OK(lycore_network_step(network, NULL, NULL, &error));
+        CHECK_OK(lycore_network_checkpoint(network, LYCORE_MOMENT_STEP, NAN, NULL, &report, &error));
+        CHECK_CONTAINS(report, i == 1 ? "\"deleted\":[]" : i == 2 ? "step00000002.safetensors\"],\"deleted\":[]" : "step00000001.safetensors\"],\"left\"");
+        CHECK_EQUAL(lycore_text_free(report), LYCORE_OK);
+    }
+    CHECK_OK(lycore_network_checkpoint(network, LYCORE_MOMENT_EPOCH, NAN, NULL, NULL, &error));
+    CHECK_EQUAL(lycore_network_epochs(network), 1);
+    CHECK_OK(lycore_network_checkpoint(network, LYCORE_MOMENT_END, NAN, NULL, NULL, &error));
+    lycore_adapter *adapter = NULL;
+    CHECK_OK(lycore_adapter_open(path_of("run/run.safetensors"), &adapter, &error));
+    CHECK_EQUAL(lycore_adapter_free(adapter), LYCORE_OK);
+    CHECK_EQUAL(lycore_network_free(network), LYCORE_OK);
+    const char *const left[] = {"run/run-step00000002.safetensors", "run/run-step00000003.safetensors", "run/run.safetensors"};
+    for (size_t i = 0; i < 3; i++) CHECK_EQUAL(unlink(path_of(left[i])), 0);
+    CHECK_EQUAL(rmdir(path_of("run")), 0);
+}
+
 static void train(void) {
     make_task();
     char *schema = NULL;
@@ -691,8 +719,13 @@ static void train(void) {
     CHECK(last < first / 10.0);
 
     CHECK_OK(lycore_network_save(network, path_of("trained.safetensors"), LYCORE_BUFFER_PARAMETERS, NULL, "{\"ss_training_comment\": \"a test\"}", &error));
-    merged_equals_trained(network, module);
+    lycore_adapter *saved = NULL, *live = NULL;
+    CHECK_OK(lycore_adapter_open(path_of("trained.safetensors"), &saved, &error));
+    merged_equals_trained(network, module, saved);
+    CHECK_OK(lycore_network_adapter(network, NULL, &live, &error));
+    merged_equals_trained(network, module, live);
     CHECK_EQUAL(lycore_network_free(network), LYCORE_OK);
+    checkpoints();
 
     // The file is also a start for another run.
     uint64_t loaded = 0;

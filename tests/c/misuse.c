@@ -54,6 +54,9 @@ static void network_calls(lycore_network *handle, lycore_status want) {
     CHECK_EQUAL(micro_steps, 7);
     FAILS_NETWORK(want, lycore_network_buffer(handle, LYCORE_BUFFER_PARAMETERS, &out.tensor, e));
     FAILS_NETWORK(want, lycore_network_save(handle, output_path, LYCORE_BUFFER_PARAMETERS, NULL, NULL, e));
+    FAILS_NETWORK(want, lycore_network_checkpoint(handle, LYCORE_MOMENT_STEP, 0.5, NULL, &out.text, e));
+    FAILS_NETWORK(want, lycore_network_adapter(handle, NULL, &out.adapter, e));
+    CHECK_EQUAL(lycore_network_epochs(handle), 0);
     FAILS_NETWORK(want, lycore_network_save_state(handle, output_path, e));
     FAILS_NETWORK(want, lycore_network_load_state(handle, adapter_path, e));
     FAILS_NETWORK(want, lycore_network_load_weights(handle, adapter_path, &out.number, e));
@@ -256,6 +259,7 @@ static void pointers(void) {
     FAILS_NETWORK(null, lycore_network_new("{}", NULL, e));
     FAILS(bad, lycore_network_new(not_utf8, &out.network, e));
     FAILS_NETWORK(null, lycore_network_schema(NULL, e));
+    FAILS_NETWORK(null, lycore_network_adapter(network, NULL, NULL, e));
     FAILS_NETWORK(null, lycore_network_add_module(network, NULL, weight_shape, 2, NULL, &out.number, e));
     FAILS_NETWORK(null, lycore_network_add_module(network, "new", NULL, 2, NULL, &out.number, e));
     FAILS_NETWORK(null, lycore_network_add_module(network, "new", weight_shape, 2, NULL, NULL, e));

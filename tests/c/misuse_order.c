@@ -427,7 +427,8 @@ static void networks(void) {
     const lycore_status bad = LYCORE_BAD_ARGUMENT, train = LYCORE_TRAIN;
     const lycore_device cpu = {LYCORE_DEVICE_CPU, 0}, cuda = {LYCORE_DEVICE_CUDA, 0}, nowhere = {99, 0}, negative = {LYCORE_DEVICE_CUDA, -1};
     static const char *const configs[] = {"{", "[]", "null", "{\"network_dimm\": 4}", "{\"network_dim\": 0}", "{\"network_dim\": \"4\"}",
-                                          "{\"learning_rate\": -1}", "{\"optimizer_type\": \"magic\"}", "{\"optimizer_args\": []}"};
+                                          "{\"learning_rate\": -1}", "{\"optimizer_type\": \"magic\"}", "{\"optimizer_args\": []}",
+                                          "network_dim 4", "seed = 1\nseed = 1", "{\"seed\": 1, \"seed\": 1}", "save_best = true"};
     for (size_t i = 0; i < sizeof configs / sizeof *configs; i++) FAILS_NETWORK(bad, lycore_network_new(configs[i], &out.network, e));
     UNTOUCHED();
     if (!training) return;
@@ -478,6 +479,9 @@ static void networks(void) {
     FAILS(train, lycore_network_refresh(n, NULL, e));
     FAILS(train, lycore_network_buffer(n, LYCORE_BUFFER_GRADIENTS, &out.tensor, e));
     FAILS(train, lycore_network_save(n, output_path, LYCORE_BUFFER_PARAMETERS, NULL, NULL, e));
+    FAILS(train, lycore_network_checkpoint(n, LYCORE_MOMENT_EPOCH, 1.0, NULL, &out.text, e));
+    CHECK_EQUAL(lycore_network_epochs(n), 0);
+    FAILS(train, lycore_network_adapter(n, NULL, &out.adapter, e));
     FAILS(train, lycore_network_save_state(n, output_path, e));
     FAILS(train, lycore_network_load_state(n, adapter_path, e));
     FAILS(train, lycore_network_load_weights(n, adapter_path, &out.number, e));
@@ -502,6 +506,10 @@ static void networks(void) {
     FAILS(bad, lycore_network_save(n, output_path, LYCORE_BUFFER_GRADIENTS, NULL, NULL, e));
     FAILS(bad, lycore_network_buffer(n, 3, &out.tensor, e));
     FAILS(bad, lycore_network_buffer(n, -1, &out.tensor, e));
+    FAILS(bad, lycore_network_checkpoint(n, 3, 1.0, NULL, &out.text, e));
+    FAILS(bad, lycore_network_checkpoint(n, -1, 1.0, NULL, &out.text, e));
+    FAILS(train, lycore_network_checkpoint(n, LYCORE_MOMENT_END, 1.0, NULL, &out.text, e));  // no output_dir
+    WORKS(lycore_network_checkpoint(n, LYCORE_MOMENT_STEP, NAN, NULL, NULL, e));  // nor anything due
     FAILS(bad, lycore_network_save(n, output_path, LYCORE_BUFFER_PARAMETERS, "fp8", NULL, e));
     FAILS(bad, lycore_network_save(n, output_path, LYCORE_BUFFER_PARAMETERS, "", NULL, e));
     FAILS(bad, lycore_network_save(n, output_path, LYCORE_BUFFER_PARAMETERS, NULL, "{", e));

@@ -75,6 +75,14 @@ pub fn to_vec(
     Ok(bytes)
 }
 
+/// The bytes before the data section of a file.
+pub fn header<'a>(
+    tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize])>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>> {
+    encode(tensors, metadata).map(|(header, _)| header)
+}
+
 /// The header's bytes and the size of the data section.
 fn encode<'a>(
     tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize])>,

@@ -76,13 +76,18 @@ impl<'m> Source<'m> {
     pub(super) fn day(&self, key: &str) -> Option<Value> {
         const YEAR_10000: f64 = 253_402_300_800.0;
         let seconds = self.seconds(key).filter(|s| (0.0..YEAR_10000).contains(s))?;
-        let (year, month, day) = civil((seconds / 86400.0) as u64);
-        Some(json!(format!("{year:04}-{month:02}-{day:02}")))
+        Some(json!(day_of(seconds as u64)))
     }
 
     pub(super) fn unreadable(self) -> Option<Value> {
         (!self.unreadable.is_empty()).then_some(Value::Array(self.unreadable))
     }
+}
+
+/// The day of a moment in seconds since 1970, `YYYY-MM-DD`, in UTC.
+pub(crate) fn day_of(seconds: u64) -> String {
+    let (year, month, day) = civil(seconds / 86400);
+    format!("{year:04}-{month:02}-{day:02}")
 }
 
 /// A day of the Gregorian calendar from the days since 1970-01-01, by counting years that begin in March, so that the leap day is the last.

@@ -86,7 +86,9 @@ def test_a_saved_adapter_is_taken_up_bit_for_bit(trained, tmp_path):
     assert torch.equal(trained.output(), trained.tuned)
 
 
-def test_metadata_and_hash(trained, tmp_path):
+def test_metadata_and_hash(monkeypatch, tmp_path):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    trained = Trained()
     added = {"ss_base_model_version": "sdxl_base_v1-0", "own": "ö"}
     path = trained.save(tmp_path / "adapter.safetensors", metadata=added)
     header, data = parts(path)
@@ -97,6 +99,10 @@ def test_metadata_and_hash(trained, tmp_path):
         "ss_network_dim": str(RANK),
         "ss_network_alpha": "3",
         "ss_steps": "15",
+        "ss_epoch": "0",
+        "ss_v2": "False",
+        "ss_training_started_at": "1700000000",
+        "ss_training_finished_at": "1700000000",
         "ss_learning_rate": "0.01",
         "ss_lr_scheduler": "constant",
         "ss_output_name": "trained",

@@ -38,7 +38,8 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**os.environ, "PYTHONPATH": path},
+            # The times in the files; all runs are one.
+            env={**os.environ, "PYTHONPATH": path, "SOURCE_DATE_EPOCH": "1700000000"},
         )
 
     def start(self, folder: Path, **options: object) -> Run:
@@ -206,6 +207,50 @@ def test_killed_while_saving_the_state_is_old_or_new_never_half(server, wholes, 
     assert sum(n for fall, n in counts.items() if fall.startswith("saving")) >= 5, counts
     server.start(tmp_path).finish()
     assert end_of(tmp_path) == whole.end
+
+
+def test_killed_in_a_checkpoint_every_file_is_old_or_new_and_none_is_left_over(server, tmp_path):
+    """At 50 moments and more of writing adapters, states and the best, and of deleting those out of date."""
+    chance, options = random.Random(7), {"checkpoints": True, "steps": 60}
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    first = server.start(whole, hashes=True, **options)
+    first.finish()
+    versions: dict[str, set[str]] = {}
+    for _, _, name, digest in first.told("wrote"):
+        versions.setdefault(name, set()).add(digest)
+    assert len(versions["x-best.safetensors"]) > 5 and all(len(v) == 1 for k, v in versions.items() if "best" not in k)
+    times = {tuple(m[:2]): at for m, at in zip(first.marks, first.times, strict=True)}
+    length = statistics.median(times["end", str(t)] - times["begin", str(t)] for t in range(1, 61))
+
+    folder, within, between = tmp_path / "killed", 0, 0
+    folder.mkdir()
+    while True:
+        run = server.start(folder, **options)
+        for _ in range(chance.randint(1, 2)):
+            run.until("begin")
+        time.sleep(chance.uniform(0, length))
+        if run.code is not None:
+            break
+        run.kill()
+        last = max((int(m[1]) for m in run.told("end") + run.told("start")), default=0)
+        saving = len(run.told("begin")) > len(run.told("end"))
+        within, between = within + saving, between + (not saving)
+        for file in folder.iterdir():
+            assert file.match(".lycore-*.tmp") or sha256(file) in versions[file.name], f"{file} is half"
+        # What the last checkpoint has written is there, or what replaces it.
+        states = [int(f.stem[6:14]) for f in folder.glob("x-step*-state.safetensors")]
+        assert last == 0 or max(states) in ({last, last + 1} if saving else {last})
+        assert all((folder / f"x-step{t:08}.safetensors").exists() for t in states)
+    assert run.code == 0 and within >= 50, (within, between)
+    print(f"{within} kills in a checkpoint, {between} between two")
+    left = [{f.name: sha256(f) for f in of.iterdir() if not f.match(".lycore-*.tmp")} for of in (whole, folder)]
+    assert left[0] == left[1]
+    steps = [f"x-step{t:08}.safetensors" for t in (58, 59, 60)]
+    steps += [f"x-step{t:08}-state.safetensors" for t in (59, 60)]
+    epochs = [f"x-{t:06}{end}.safetensors" for t in (10, 12) for end in ("", "-state")]
+    others = ["adapter.safetensors", "final.safetensors", "x-best.safetensors", "x-best-state.safetensors"]
+    assert sorted(left[0]) == sorted(steps + epochs + others)
 
 
 @pytest.mark.parametrize("cut", [10, 11, 12])
