@@ -14,3 +14,9 @@ def _one_thread(torch_library):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _one_time(monkeypatch):
+    """Files tell when their training began and ended: runs that shall be equal are so to the byte."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")

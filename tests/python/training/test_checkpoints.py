@@ -23,12 +23,6 @@ CONFIG = {"learning_rate": 1e-2, "conv_dim": 6, "output_name": "x"}
 EVERY_TWO = {"save_every_n_steps": 2, "save_last_n_steps": 4, "save_state": True}
 
 
-@pytest.fixture(autouse=True)
-def _clock(monkeypatch):
-    """Stands still, so that two files of one state are one file."""
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-
-
 def run(folder: Path, config: dict) -> tuple[nn.Module, lycore.Network]:
     """A model and its network, which saves to `folder`."""
     model = net()
