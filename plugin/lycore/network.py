@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from . import presets
 from ._binding import (
     LYCORE_BUFFER_EMA,
     LYCORE_BUFFER_GRADIENTS,
@@ -98,21 +99,33 @@ class Network(Closable):
             self._device = next((p.device for p in layer.parameters()), None)
         return index.value
 
-    def attach(self, model: torch.nn.Module, targets: Targets | None = None, *, prefix: str = "") -> list[str]:
-        """Puts modules on the layers of `model` that `targets` names (None: all that can have one); returns their
-        names in the model.
+    def attach(
+        self,
+        model: torch.nn.Module,
+        targets: Targets | None = None,
+        *,
+        preset: str | None = None,
+        prefix: str = "",
+    ) -> list[str]:
+        """Puts modules on the layers of `model` that `targets` or one of LyCORIS' presets names (neither: on all that
+        can have one); returns their names in the model.
 
-        `prefix` stands before the names in the file, for example "lora_te1_" for a text encoder. AdapterKeyError when
-        nothing matches.
+        `preset` is "full", "attn-mlp", ..: `lycore.presets` tells them. `prefix` stands before the names in the file,
+        for example "lora_te1_" for a text encoder. AdapterKeyError when nothing matches.
         """
         from . import _autograd
 
+        asked = preset or targets
+        if preset is not None:
+            if targets is not None:
+                raise ArgumentError("`targets` and `preset` both say which layers.", hint="give one of them")
+            targets = presets.chooser(model, preset)
         layers = [(name, layer) for name, layer in model.named_modules() if _autograd.supported(layer)]
         chosen = [(name, layer) for name, layer in layers if _wanted(targets, name, layer)]
         if not chosen:
             first = layers[0][0] if layers else ""
             hint = f"names look like `{first}`" if layers else "the model has no Linear or convolution"
-            raise AdapterKeyError(f"None of {len(layers)} layers matches {targets!r}.", hint=hint, key=str(targets))
+            raise AdapterKeyError(f"None of {len(layers)} layers matches {asked!r}.", hint=hint, key=str(asked))
         # First, so that a layer that cannot have a module leaves everything as it was.
         for name, layer in chosen:
             _autograd.describe(prefix + name, layer)
