@@ -63,7 +63,10 @@ class Network(Closable):
         """The layers' names, in the order in which they were added."""
         self._hooks: list[Any] = []
         self._device: Any = None
+        self._accumulation: int = self.config["gradient_accumulation_steps"]
         self._calls = 0
+        # Calls of `step` since the last update; `progress` has to wait for the device.
+        self._micro_steps = 0
 
     @staticmethod
     def schema() -> str:
@@ -165,13 +168,11 @@ class Network(Closable):
         With `wait=False` it returns None and leaves the device to its work: such a gradient is cleared, nothing else
         changes, and `results` counts it. (Optimizers that `capture` does not take wait all the same.)
         """
-        self._calls += 1
-        if not wait:
-            self._call("lycore_network_step", None, None)
-            return None
         done = lycore_step(struct_size=sizeof(lycore_step))
-        self._call("lycore_network_step", None, byref(done))
-        return _told(done)
+        self._call("lycore_network_step", None, byref(done) if wait else None)
+        self._calls += 1
+        self._micro_steps = (self._micro_steps + 1) % self._accumulation
+        return _told(done) if wait else None
 
     def results(self) -> dict[str, Any]:
         """What the last step did, as `step` tells it; "skipped" are those that were left out, as their gradient was not
@@ -208,10 +209,10 @@ class Network(Closable):
         finally:
             current.wait_stream(stream)
             self._call("lycore_network_hold", False, None)
-        updates, left = divmod(self._calls - before, self.config["gradient_accumulation_steps"])
+        updates, left = divmod(self._calls - before, self._accumulation)
         if left or not updates:
             self.zero_gradients()
-            what = f"The function calls step {self._calls - before} times; updates take {self.config["gradient_accumulation_steps"]} each."
+            what = f"The function calls step {self._calls - before} times; an update takes {self._accumulation}."
             raise ArgumentError(what, hint="capture whole updates")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=stream):
@@ -224,9 +225,37 @@ class Network(Closable):
 
         return replay
 
+    def broadcast(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """Gives all processes of torch.distributed's group (None: the default one) the parameters of its first; once,
+        after `build`, and after `load_weights`.
+
+        Then each may have a seed of its own in its config: with dropout, masks of its own.
+        """
+        import torch.distributed
+
+        torch.distributed.broadcast(self.parameters, group=group, group_src=0)
+        self.refresh()
+
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """Averages the gradients over the processes of torch.distributed's group (None: the default one). Call it
+        between `backward` and `step` in each of them: they then take the same step, and their parameters stay equal.
+
+        In the middle of an accumulation there is nothing to do yet, and it does nothing: until the update each process
+        has gradients of its own, so save the state between updates. Engines other than torch.distributed average
+        `gradients` in place.
+        """
+        import torch.distributed
+
+        if self._micro_steps + 1 < self._accumulation:
+            return
+        gradients = self.gradients
+        torch.distributed.all_reduce(gradients, group=group)
+        gradients /= torch.distributed.get_world_size(group)
+
     def zero_gradients(self) -> None:
         """Clears the gradients, for example after a batch that shall not count."""
         self._call("lycore_network_zero_gradients", None)
+        self._micro_steps = 0
 
     def refresh(self) -> None:
         """Makes the next forward see what was written into `parameters`."""
@@ -254,8 +283,8 @@ class Network(Closable):
 
     @property
     def gradients(self) -> torch.Tensor:
-        """All gradients summed since the last update, laid out as `parameters`; a view, for example for an
-        all-reduce.
+        """All gradients summed since the last update, laid out as `parameters`; a view, for example for an all-reduce
+        by an engine of the host's own.
         """
         return self._buffer(LYCORE_BUFFER_GRADIENTS)
 
@@ -335,6 +364,7 @@ class Network(Closable):
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Reads what `save_state` wrote, into a built network of the same modules and config."""
         self._call("lycore_network_load_state", encoded_path(os.fspath(path)))
+        self._micro_steps = self.progress[1]
 
     def load_weights(self, path: str | os.PathLike[str]) -> int:
         """Starts from an adapter file instead of a fresh initialisation; returns how many modules were found in it."""
