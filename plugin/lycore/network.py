@@ -225,6 +225,12 @@ class Network(Closable):
 
         return replay
 
+    def evaluate(self, evaluating: bool = True) -> None:
+        """From here on forward and backward leave nothing out and to chance (dropout, DyLoRA's choice of ranks), for
+        example to see a validation loss; with False they do again. The mode of the model itself has no influence.
+        """
+        self._call("lycore_network_evaluate", evaluating)
+
     def broadcast(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Gives all processes of torch.distributed's group (None: the default one) the parameters of its first; once,
         after `build`, and after `load_weights`.

@@ -257,10 +257,15 @@ def test_two_backwards_add_and_a_kept_graph_can_be_used_again(tmp_path):
     assert torch.equal(one.network.gradients, 2 * once)
 
 
+DROPOUTS = {"network_dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.3}
+
+
+@pytest.mark.parametrize("dropouts", [{}, DROPOUTS, *({key: 0.5} for key in DROPOUTS)], ids=lambda d: "+".join(d))
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_bits(reentrant):
+def test_gradient_checkpointing_gives_the_same_bits(reentrant, dropouts):
+    """What is left out is the same when a layer is run again."""
     model = net()
-    network = attached(model, noise=0.2)
+    network = attached(model, dropouts | {"optimizer_args": {"weight_decay": 0}}, noise=0.2)
 
     def run(checkpointed: bool) -> tuple[torch.Tensor, ...]:
         network.zero_gradients()
@@ -269,10 +274,33 @@ def test_gradient_checkpointing_gives_the_same_bits(reentrant):
         (y * weights(y.shape)).sum().backward()
         return y.detach(), x.grad, network.gradients.clone()
 
-    plain = run(False)
-    assert plain[2].abs().max() > 0
-    for got, want in zip(run(True), plain, strict=True):
-        assert torch.equal(got, want)
+    for _ in range(3):
+        plain = run(False)
+        assert plain[2].abs().max() > 0
+        for got, want in zip(run(True), plain, strict=True):
+            assert torch.equal(got, want)
+        network.zero_gradients()
+        network.step()
+    # Nothing was learned; the next step has other masks.
+    assert torch.equal(run(False)[0], plain[0]) == (not dropouts)
+
+
+def test_evaluation_leaves_nothing_out():
+    """Output and gradients are those of a network without dropout, to the bit; and then the masks are back."""
+    outcomes = {}
+    for name, dropouts in (("without", {}), ("with", DROPOUTS)):
+        model = net()
+        network = attached(model, dropouts, noise=0.2)
+        for evaluating in (False, True, False):
+            network.evaluate(evaluating)
+            network.zero_gradients()
+            loss = loss_of(model, 0)
+            loss.backward()
+            outcomes.setdefault((name, evaluating), []).append(torch.cat([loss.detach()[None], network.gradients]))
+    exact = outcomes["without", False][0]
+    assert all(torch.equal(outcome, exact) for outcome in outcomes["without", True] + outcomes["with", True])
+    first, again = outcomes["with", False]
+    assert torch.equal(first, again) and off(first, exact) > 0.01
 
 
 def test_checkpointing_works_on_inputs_without_grad():

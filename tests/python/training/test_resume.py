@@ -300,6 +300,24 @@ def test_every_optimizer_is_taken_up_in_the_middle_of_an_accumulation(server, tm
         assert len(load_file(whole / "final.safetensors")) > 1, f"{name} has no state"
 
 
+def test_what_was_left_out_by_chance_is_left_out_again(server, wholes, tmp_path):
+    """Dropout of every kind: the masks are those of the step, whichever process takes it."""
+    config = {"network_dropout": 0.2, "rank_dropout": 0.2, "module_dropout": 0.2}
+    for cut in (20, 21):
+        whole, stopped = tmp_path / f"whole-{cut}", tmp_path / f"cut-{cut}"
+        for folder in (whole, stopped):
+            folder.mkdir()
+        server.start(whole, accumulate=3, every=cut, config=config).finish()
+        run = server.start(stopped, accumulate=3, every=cut, pause=cut, config=config)
+        assert run.until("pause") == ["pause", str(cut)]
+        run.kill()
+        resumed = server.start(stopped, accumulate=3, every=cut, config=config)
+        resumed.finish()
+        assert resumed.told("start") == [["start", str(cut)]]
+        assert end_of(stopped) == end_of(whole)
+    assert not set(end_of(whole).values()) & set(wholes[3].end.values())
+
+
 def test_what_is_compared_depends_on_every_step(server, wholes, tmp_path):
     """Another number of steps and another accumulation end on other bits, so equality above means something."""
     server.start(tmp_path, steps=STEPS - 1).finish()
