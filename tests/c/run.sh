@@ -1,5 +1,5 @@
 #!/bin/bash
-# Compiles and runs the C and C++ hosts of this folder against a build of the library.
+# Compiles and runs the C and C++ hosts of this folder, and examples/train.cpp, against a build of the library.
 #
 #     tests/c/run.sh LIBRARY_DIR [--asan] [--cuda]
 #
@@ -95,6 +95,22 @@ if [ -n "$asan" ]; then
     printf '#include <stdlib.h>\nvoid *volatile p;\nint main(void) { p = malloc(7); p = NULL; return 0; }\n' >"$build/leak.c"
     $c -fsanitize=address "$build/leak.c" -o "$build/leak"
     ! "$build/leak" 2>/dev/null || fail "the leak checker finds no leaks on this machine"
+fi
+
+# The example on libtorch, for a library that is: its loss falls, and what it saves can be opened.
+torch=$(ldd "$library" | sed -n 's|.* => \(.*\)/lib/libtorch_cpu\.so .*|\1|p')
+if [ -n "$torch" ]; then
+    headers="-isystem $torch/include -isystem $torch/include/torch/csrc/api/include"
+    # Without optimisation: libtorch's headers take long enough.
+    $CXX -std=c++17 $warnings -I"$include" $headers "$here/../../examples/train.cpp" -o "$build/train" \
+        $link -L"$torch/lib" ${cuda:+-Wl,--no-as-needed -ltorch_cuda} -ltorch -ltorch_cpu -lc10
+    if said=$("$build/train" "$build" ${cuda:+cuda}); then
+        sed -n 's/.*: loss \([0-9.]*\),.*/\1/p' <<<"$said" | awk 'NR == 1 { first = $1 } END { exit !(NR == 5 && $1 < first / 10) }' ||
+            fail "the example's loss does not fall: $said"
+        [[ $said == *"3 modules in "* && -s $build/example.state ]] || fail "the example saves nothing: $said"
+    else
+        fail "the example failed: $said"
+    fi
 fi
 [ $status = 0 ] && echo "run.sh: all hosts passed with $library"
 exit $status
