@@ -19,7 +19,7 @@ use crate::view::Tensor;
 const MAGNITUDE: &str = "dora_scale";
 const PEFT_MAGNITUDE: &str = "lora_magnitude_vector";
 const SCALAR: &str = "scalar";
-const BIAS: &str = "diff_b";
+pub(super) const BIAS: &str = "diff_b";
 const GROWN: &str = "reshape_weight";
 
 pub(super) const NAMES: &[&str] = &[MAGNITUDE, PEFT_MAGNITUDE, SCALAR, BIAS, GROWN];

@@ -37,3 +37,84 @@ impl Algorithm for Full {
         vec![(DIFF, &self.diff)]
     }
 }
+
+#[cfg(feature = "torch")]
+pub(super) use training::BEGIN;
+
+/// The same formula in training, with the bias's difference beside it. LyCORIS trains the sum with the weight, which 16 bits round away.
+#[cfg(feature = "torch")]
+pub(super) mod training {
+    use super::DIFF;
+    use crate::algo::extras::BIAS;
+    use crate::algo::training::{add_gradients, Begin, Form, Init, Layer, Parameter, Pass, Trainable};
+    use crate::error::Result;
+    use crate::torch_ext::{product, Factor};
+    use tch::Tensor;
+
+    pub(in crate::algo) const BEGIN: Begin = Begin {
+        names: &["full"],
+        new: |layer, _, _| Ok(Box::new(Difference::new("full", [DIFF, BIAS], layer, &layer.weight[..1]))),
+    };
+
+    /// A weight's own difference in training, and its bias's.
+    #[derive(Debug)]
+    pub(in crate::algo) struct Difference {
+        name: &'static str,
+        parameters: Vec<Parameter>,
+    }
+
+    impl Difference {
+        /// Under these names, for a bias of this shape.
+        pub(in crate::algo) fn new(
+            name: &'static str,
+            [weight, bias]: [&'static str; 2],
+            layer: &Layer,
+            shape: &[usize],
+        ) -> Self {
+            let mut parameters = vec![Parameter::new(weight, &layer.weight, Init::ZEROS)];
+            if layer.bias {
+                parameters.push(Parameter::new(bias, shape, Init::ZEROS));
+            }
+            Difference { name, parameters }
+        }
+    }
+
+    impl Trainable for Difference {
+        fn name(&self) -> &'static str {
+            self.name
+        }
+
+        fn parameters(&self) -> Vec<Parameter> {
+            self.parameters.clone()
+        }
+
+        fn delta(&self, pass: &Pass) -> Result<Tensor> {
+            Ok(pass.parameters[0].shallow_clone())
+        }
+
+        fn shift<'a>(&self, pass: &Pass<'a>) -> Option<&'a Tensor> {
+            pass.parameters.get(1)
+        }
+
+        fn accumulate(
+            &self,
+            pass: &Pass,
+            x: &Tensor,
+            grad_y: &Tensor,
+            want_input: bool,
+            into: &[Tensor],
+        ) -> Result<Option<Tensor>> {
+            if pass.layer.form != Form::Linear || pass.draw.is_some() {
+                return add_gradients(self.backward(pass, x, grad_y, want_input)?, into);
+            }
+            // Straight into the gradient; differentiating `forward` would compute its output once more for nothing.
+            product(&into[0], Factor(grad_y, true), Factor(x, false), 1.0, 1.0)?;
+            if let Some(bias) = into.get(1) {
+                let rows = grad_y.f_reshape([-1, pass.shape()[0]])?;
+                let sum = rows.f_sum_dim_intlist(&[0i64][..], false, bias.f_kind()?)?;
+                let _ = bias.shallow_clone().f_add_(&sum)?;
+            }
+            want_input.then(|| Ok(grad_y.f_matmul(&pass.parameters[0])?)).transpose()
+        }
+    }
+}

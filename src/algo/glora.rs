@@ -117,3 +117,102 @@ impl Algorithm for Glora {
         self.tensors.iter().map(|(name, tensor)| (*name, tensor)).collect()
     }
 }
+
+#[cfg(feature = "torch")]
+pub(super) use training::BEGIN;
+
+/// The same formula in training. Both parts are low ranks, `(W @ a1) @ a2` and `b1 @ b2`, so neither dW nor a second product with W is needed.
+#[cfg(feature = "torch")]
+mod training {
+    use super::{ALPHA, NAMES};
+    use crate::algo::training::{by_delta, scaled, Begin, Init, Layer, Parameter, Pass, Rule, Trainable};
+    use crate::error::Result;
+    use tch::Tensor;
+
+    pub(in crate::algo) const BEGIN: Begin =
+        Begin { names: &["glora"], new: |layer, rule, _| Ok(Box::new(Training::new(layer, rule))) };
+
+    /// A GLoRA module in training.
+    #[derive(Debug)]
+    struct Training {
+        weight: Vec<usize>,
+        rank: usize,
+        alpha: f64,
+    }
+
+    impl Training {
+        fn new(layer: &Layer, rule: &Rule) -> Self {
+            Training { weight: layer.weight.clone(), rank: rule.dim, alpha: rule.alpha }
+        }
+
+        /// alpha / rank * W @ a1 as [O, r, kernel..].
+        fn turned(&self, pass: &Pass) -> Result<Tensor> {
+            let (base, a1) = (pass.base()?, &pass.parameters[0]);
+            let rank = a1.size()[1];
+            let flat = base.f_reshape([self.weight[0] as i64, self.weight[1] as i64, -1])?;
+            let a1 = self.scaled(&a1.f_reshape([-1, rank])?)?;
+            let mut shape = pass.shape();
+            shape[1] = rank;
+            Ok(Tensor::f_einsum("oik,ir->ork", &[flat, a1], None::<i64>)?.f_reshape(shape)?)
+        }
+
+        fn scaled(&self, t: &Tensor) -> Result<Tensor> {
+            scaled(t, self.alpha / self.rank as f64)
+        }
+    }
+
+    impl Trainable for Training {
+        fn name(&self) -> &'static str {
+            "GLoRA"
+        }
+
+        fn rank(&self) -> Option<usize> {
+            Some(self.rank)
+        }
+
+        fn constants(&self) -> Vec<(&'static str, f64)> {
+            vec![(ALPHA, self.alpha)]
+        }
+
+        fn parameters(&self) -> Vec<Parameter> {
+            let (outputs, inputs, kernel) = (self.weight[0], self.weight[1], &self.weight[2..]);
+            let (rank, point) = (self.rank, vec![1; kernel.len()]);
+            // The factors that start at zero read the input. LoRA+ raises the others: they read the ranks, as `up` does.
+            let left = |slot, rows: usize| {
+                let shape = [&[rows, rank], &point[..]].concat();
+                Parameter::new(slot, &shape, Init::kaiming(&shape)).ranked(1).plus()
+            };
+            let right = |slot, kernel: &[usize]| {
+                Parameter::new(slot, &[&[rank, inputs], kernel].concat(), Init::ZEROS).ranked(0)
+            };
+            let [a1, a2, b1, b2] = NAMES;
+            vec![left(a1, inputs), right(a2, &point), left(b1, outputs), right(b2, kernel)]
+        }
+
+        fn needs_weight(&self) -> bool {
+            true
+        }
+
+        fn delta(&self, pass: &Pass) -> Result<Tensor> {
+            let [a2, b1, b2] = [1, 2, 3].map(|i| &pass.parameters[i]);
+            let (outputs, rank) = (self.weight[0] as i64, a2.size()[0]);
+            let (turned, a2) =
+                (self.turned(pass)?.f_reshape([outputs, rank, -1])?, a2.f_reshape([rank, -1])?);
+            let a = Tensor::f_einsum("ork,ri->oik", &[turned, a2], None::<i64>)?;
+            let b = self.scaled(&b1.f_reshape([-1, rank])?)?.f_matmul(&b2.f_reshape([rank, -1])?)?;
+            Ok(a.f_reshape(pass.shape())?.f_add(&b.f_reshape(pass.shape())?)?)
+        }
+
+        fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
+            let layer = pass.layer;
+            if layer.groups() > 1 {
+                // a2 and b2 belong to all groups alike: only dW itself has the groups' shape.
+                return by_delta(self, pass, x);
+            }
+            let [a2, b1, b2] = [1, 2, 3].map(|i| &pass.parameters[i]);
+            let a = layer.apply(&layer.pointwise(x, a2)?, &self.turned(pass)?)?;
+            let b = layer.pointwise(&layer.apply(x, b2)?, &self.scaled(b1)?)?;
+            pass.dropped(a.f_add(&b)?)
+        }
+    }
+}

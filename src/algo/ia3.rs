@@ -122,3 +122,96 @@ impl Algorithm for Ia3 {
         self.tensors.iter().map(|(name, tensor)| (*name, tensor)).collect()
     }
 }
+
+#[cfg(feature = "torch")]
+pub(super) use training::BEGIN;
+
+/// The same formula in training: what it adds is the layer's own product, scaled. 1 + w is nowhere formed, so 16 bits keep a small w.
+#[cfg(feature = "torch")]
+mod training {
+    use super::{ON_INPUT, WEIGHT};
+    use crate::algo::training::{add_gradients, Begin, Form, Init, Layer, Parameter, Pass, Rule, Trainable};
+    use crate::error::Result;
+    use tch::Tensor;
+
+    pub(in crate::algo) const BEGIN: Begin =
+        Begin { names: &["ia3", "(ia)^3"], new: |layer, rule, _| Ok(Box::new(Training::new(layer, rule))) };
+
+    /// An (IA)^3 module in training.
+    #[derive(Debug)]
+    struct Training {
+        weight: Vec<usize>,
+        axis: usize,
+    }
+
+    impl Training {
+        fn new(layer: &Layer, rule: &Rule) -> Self {
+            Training { weight: layer.weight.clone(), axis: usize::from(rule.train_on_input) }
+        }
+    }
+
+    impl Trainable for Training {
+        fn name(&self) -> &'static str {
+            "(IA)^3"
+        }
+
+        fn constants(&self) -> Vec<(&'static str, f64)> {
+            vec![(ON_INPUT, self.axis as f64)]
+        }
+
+        fn parameters(&self) -> Vec<Parameter> {
+            let count = self.weight[self.axis];
+            let shape = match self.weight.len() {
+                2 => vec![count],
+                axes => [&[1, count], &vec![1; axes - 2][..]].concat(),
+            };
+            vec![Parameter::new(WEIGHT, &shape, Init::ZEROS)]
+        }
+
+        fn needs_weight(&self) -> bool {
+            true
+        }
+
+        fn delta(&self, pass: &Pass) -> Result<Tensor> {
+            let mut shape = vec![1; self.weight.len()];
+            shape[self.axis] = -1;
+            Ok(pass.base()?.f_mul(&pass.parameters[0].f_reshape(shape)?)?)
+        }
+
+        fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
+            let (layer, w) = (pass.layer, pass.parameters[0].f_flatten(0, -1)?);
+            pass.dropped(match self.axis {
+                0 => {
+                    let y = layer.apply(x, pass.base()?)?;
+                    y.f_mul(&w.f_reshape(layer.channels(&y))?)?
+                }
+                _ => {
+                    // Every group has the same factors.
+                    let mut shape = vec![1; self.weight.len() - 1];
+                    shape[0] = -1;
+                    let w = w.f_repeat([layer.groups()])?.f_reshape(shape)?;
+                    layer.apply(&x.f_mul(&w)?, pass.base()?)?
+                }
+            })
+        }
+
+        fn accumulate(
+            &self,
+            pass: &Pass,
+            x: &Tensor,
+            grad_y: &Tensor,
+            want_input: bool,
+            into: &[Tensor],
+        ) -> Result<Option<Tensor>> {
+            let (1, Form::Linear, None) = (self.axis, &pass.layer.form, pass.draw) else {
+                return add_gradients(self.backward(pass, x, grad_y, want_input)?, into);
+            };
+            // One product; differentiating `forward` would compute its output once more for nothing.
+            let scaled = grad_y.f_matmul(pass.base()?)?;
+            let rows = scaled.f_mul(x)?.f_reshape([-1, pass.shape()[1]])?;
+            let sum = rows.f_sum_dim_intlist(&[0i64][..], false, into[0].f_kind()?)?;
+            let _ = into[0].shallow_clone().f_add_(&sum)?;
+            want_input.then(|| Ok(scaled.f_mul(&pass.parameters[0])?)).transpose()
+        }
+    }
+}

@@ -118,3 +118,119 @@ impl Algorithm for Loha {
         tensors
     }
 }
+
+#[cfg(feature = "torch")]
+pub(super) use training::BEGIN;
+
+/// The same formula in training.
+///
+/// A product of two low ranks, elementwise, is a low rank too: `dW[o, i] = sum_pq (a1[o, p] a2[o, q]) (b1[p, i] b2[q, i])`. As long as r^2 ranks
+/// are less work than dW the module is computed as a LoRA of so many, and dW is never there. LyCORIS always builds it.
+#[cfg(feature = "torch")]
+mod training {
+    use super::{A, ALPHA, B, T};
+    use crate::algo::training::{
+        by_delta, evenly, long, scaled, Begin, Init, Layer, Parameter, Pass, Rule, Trainable,
+    };
+    use crate::error::Result;
+    use tch::Tensor;
+
+    pub(in crate::algo) const BEGIN: Begin =
+        Begin { names: &["loha"], new: |layer, rule, _| Ok(Box::new(Training::new(layer, rule))) };
+
+    /// A LoHa module in training.
+    #[derive(Debug)]
+    struct Training {
+        weight: Vec<usize>,
+        rank: usize,
+        alpha: f64,
+        tucker: bool,
+    }
+
+    impl Training {
+        fn new(layer: &Layer, rule: &Rule) -> Self {
+            let tucker = rule.tucker && layer.large_kernel();
+            Training { weight: layer.weight.clone(), rank: rule.dim, alpha: rule.alpha, tucker }
+        }
+
+        /// Both pairs as [O, r] and [r, I * kernel], alpha / rank in the first of them.
+        fn pairs(&self, pass: &Pass) -> Result<[(Tensor, Tensor); 2]> {
+            let pair = |i: usize| {
+                let (a, b) = (&pass.parameters[2 * i], &pass.parameters[2 * i + 1]);
+                let Some(core) = pass.parameters.get(4 + i) else {
+                    return Ok((a.shallow_clone(), b.shallow_clone()));
+                };
+                let rank = b.size()[0];
+                let core = core.f_reshape([rank, rank, -1])?;
+                let b = Tensor::f_einsum("pqk,qi->pik", &[core, b.shallow_clone()], None::<i64>)?;
+                Ok::<_, crate::error::Error>((a.f_transpose(0, 1)?, b.f_reshape([rank, -1])?))
+            };
+            let (first, second) = (pair(0)?, pair(1)?);
+            Ok([(scaled(&first.0, self.alpha / self.rank as f64)?, first.1), second])
+        }
+    }
+
+    impl Trainable for Training {
+        fn name(&self) -> &'static str {
+            "LoHa"
+        }
+
+        fn rank(&self) -> Option<usize> {
+            Some(self.rank)
+        }
+
+        fn constants(&self) -> Vec<(&'static str, f64)> {
+            vec![(ALPHA, self.alpha)]
+        }
+
+        fn parameters(&self) -> Vec<Parameter> {
+            let (outputs, rank) = (self.weight[0], self.rank);
+            let inputs = if self.tucker { self.weight[1] } else { self.weight[1..].iter().product() };
+            let a = |i: usize, init| match self.tucker {
+                true => Parameter::new(A[i], &[rank, outputs], init).ranked(0),
+                false => Parameter::new(A[i], &[outputs, rank], init).ranked(1),
+            };
+            let b =
+                |i: usize| Parameter::new(B[i], &[rank, inputs], Init::Normal { deviation: 1.0 }).ranked(0);
+            // The one that starts at zero is raised by LoRA+, as in sd-scripts.
+            let mut parameters =
+                vec![a(0, Init::Normal { deviation: 0.1 }), b(0), a(1, Init::ZEROS).plus(), b(1)];
+            if self.tucker {
+                let core = [&[rank, rank], &self.weight[2..]].concat();
+                let core = |i: usize| {
+                    let core = Parameter::new(T[i], &core, Init::Normal { deviation: 0.1 });
+                    core.ranked(0).ranked(1)
+                };
+                parameters.extend([core(0), core(1)]);
+            }
+            parameters
+        }
+
+        fn delta(&self, pass: &Pass) -> Result<Tensor> {
+            let [(a1, b1), (a2, b2)] = self.pairs(pass)?;
+            Ok(a1.f_matmul(&b1)?.f_mul(&a2.f_matmul(&b2)?)?.f_reshape(pass.shape())?)
+        }
+
+        fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
+            let (outputs, inputs) = (self.weight[0], self.weight[1..].iter().product::<usize>());
+            // One pair without the zeros behind its ranks: the product of both is a multiple of 8 all the same.
+            let ranks = self.rank * self.rank.next_multiple_of(8);
+            if pass.layer.groups() > 1 || ranks * (outputs + inputs) > outputs * inputs {
+                return by_delta(self, pass, x);
+            }
+            let [(a1, b1), (a2, b2)] = self.pairs(pass)?;
+            let own = self.rank as i64;
+            let up = a1.f_narrow(1, 0, own)?.f_unsqueeze(2)?.f_mul(&a2.f_unsqueeze(1)?)?;
+            let down = b1.f_narrow(0, 0, own)?.f_unsqueeze(1)?.f_mul(&b2.f_unsqueeze(0)?)?;
+            let (mut wide, mut thin) = (long(&self.weight), vec![1; self.weight.len()]);
+            wide[0] = ranks as i64;
+            (thin[0], thin[1]) = (outputs as i64, ranks as i64);
+            let t = pass.layer.apply(x, &down.f_reshape(wide)?)?;
+            pass.dropped(pass.layer.pointwise(&t, &up.f_reshape(thin)?)?)
+        }
+
+        fn shrunk(&self, ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {
+            evenly(ratio, self.parameters().len())
+        }
+    }
+}

@@ -207,3 +207,192 @@ impl Algorithm for Lokr {
         self.tensors.iter().map(|(name, tensor)| (*name, tensor)).collect()
     }
 }
+
+#[cfg(feature = "torch")]
+pub(super) use training::BEGIN;
+
+/// The same formula in training.
+#[cfg(feature = "torch")]
+mod training {
+    use super::{ALPHA, T2, W1, W2};
+    use crate::algo::factorization::factorization;
+    use crate::algo::training::{
+        by_delta, evenly, long, scaled, Begin, Init, Layer, Parameter, Pass, Rule, Trainable,
+    };
+    use crate::error::Result;
+    use tch::{Kind, Tensor};
+
+    pub(in crate::algo) const BEGIN: Begin =
+        Begin { names: &["lokr"], new: |layer, rule, _| Ok(Box::new(Training::new(layer, rule))) };
+
+    /// A LoKr module in training.
+    #[derive(Debug)]
+    struct Training {
+        weight: Vec<usize>,
+        /// w1 is [a, b].
+        small: [usize; 2],
+        /// w2 is [c, d, kernel].
+        large: [usize; 2],
+        rank: usize,
+        alpha: f64,
+        /// Whether w1, w2 are products of thin factors.
+        thin: [bool; 2],
+        tucker: bool,
+    }
+
+    impl Training {
+        fn new(layer: &Layer, rule: &Rule) -> Self {
+            let ((mut a, mut c), (b, d)) =
+                (factorization(layer.weight[0], rule.factor), factorization(layer.weight[1], rule.factor));
+            if rule.unbalanced_factorization {
+                (a, c) = (c, a);
+            }
+            let thin = |size: usize| !rule.full_matrix && 2 * rule.dim < size;
+            let thin = [rule.decompose_both && thin(a.max(b)), thin(c.max(d))];
+            Training {
+                weight: layer.weight.clone(),
+                small: [a, b],
+                large: [c, d],
+                rank: rule.dim,
+                alpha: rule.alpha,
+                thin,
+                tucker: thin[1] && rule.tucker && layer.large_kernel(),
+            }
+        }
+
+        /// w1 with the scale in it, and the tensors of w2.
+        fn halves<'a>(&self, pass: &Pass<'a>) -> Result<(Tensor, &'a [Tensor])> {
+            let (w1, rest) = pass.parameters.split_at(1 + usize::from(self.thin[0]));
+            let w1 = match w1 {
+                [left, right] => left.f_matmul(right)?,
+                _ => w1[0].shallow_clone(),
+            };
+            let scale = self.rank().map_or(1.0, |rank| self.alpha / rank as f64);
+            Ok((scaled(&w1, scale)?, rest))
+        }
+
+        /// Multiplications per position: of the halves one after the other, and of dW.
+        fn costs(&self) -> (usize, usize) {
+            let ([a, b], [c, d], r) = (self.small, self.large, self.rank);
+            let taps = self.weight[2..].iter().product::<usize>();
+            let halves = match (self.thin[1], self.tucker) {
+                (false, _) => b * c * (d * taps + a),
+                (true, false) => r * (b * d * taps + a * b + a * c),
+                (true, true) => r * (b * d + b * r * taps + a * b + a * c),
+            };
+            (halves, a * b * c * d * taps)
+        }
+    }
+
+    /// w2 of its tensors, in any shape of its elements' order.
+    fn large(rest: &[Tensor]) -> Result<Tensor> {
+        Ok(match rest {
+            [left, right, core] => {
+                let all = [core.f_flatten(2, -1)?, left.shallow_clone(), right.shallow_clone()];
+                Tensor::f_einsum("ijk,ip,jq->pqk", &all, None::<i64>)?
+            }
+            [left, right] => left.f_matmul(right)?,
+            _ => rest[0].shallow_clone(),
+        })
+    }
+
+    impl Trainable for Training {
+        fn name(&self) -> &'static str {
+            "LoKr"
+        }
+
+        fn rank(&self) -> Option<usize> {
+            (self.thin != [false; 2]).then_some(self.rank)
+        }
+
+        fn constants(&self) -> Vec<(&'static str, f64)> {
+            // Without a rank the scale is 1. Readers that take network_dim for the rank divide by it.
+            vec![(ALPHA, self.rank().map_or(self.rank as f64, |_| self.alpha))]
+        }
+
+        fn parameters(&self) -> Vec<Parameter> {
+            let ([a, b], [c, d], r) = (self.small, self.large, self.rank);
+            let random = |slot, shape: &[usize]| Parameter::new(slot, shape, Init::kaiming(shape));
+            // LoRA+ raises w1, as in sd-scripts.
+            let mut parameters = match self.thin[0] {
+                false => vec![random(W1[0], &[a, b]).plus()],
+                true => {
+                    vec![random(W1[1], &[a, r]).ranked(1).plus(), random(W1[2], &[r, b]).ranked(0).plus()]
+                }
+            };
+            let zeros = |slot, shape: &[usize]| Parameter::new(slot, shape, Init::ZEROS);
+            let kernel = &self.weight[2..];
+            parameters.extend(match (self.thin[1], self.tucker) {
+                (false, _) => vec![zeros(W2[0], &[&[c, d], kernel].concat())],
+                (true, false) => vec![
+                    random(W2[1], &[c, r]).ranked(1),
+                    zeros(W2[2], &[r, d * kernel.iter().product::<usize>()]).ranked(0),
+                ],
+                (true, true) => vec![
+                    random(W2[1], &[r, c]).ranked(0),
+                    zeros(W2[2], &[r, d]).ranked(0),
+                    random(T2, &[&[r, r], kernel].concat()).ranked(0).ranked(1),
+                ],
+            });
+            parameters
+        }
+
+        fn delta(&self, pass: &Pass) -> Result<Tensor> {
+            let (w1, rest) = self.halves(pass)?;
+            let w2 = large(rest)?;
+            let ([a, b], [c, d]) = (self.small.map(|n| n as i64), self.large.map(|n| n as i64));
+            let (w1, w2) = (w1.f_reshape([a, 1, b, 1, 1])?, w2.f_reshape([1, c, 1, d, -1])?);
+            Ok(w1.f_mul(&w2)?.f_reshape(pass.shape())?)
+        }
+
+        /// `kron(w1, w2) x` is `w1 X w2^T` for x as a matrix X [b, d]: w2 acts on b parts of the input, then w1 mixes the parts.
+        fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
+            let (halves, dense) = self.costs();
+            // A group's outputs need not begin with a part.
+            if pass.layer.groups() > 1 || halves >= dense {
+                return by_delta(self, pass, x);
+            }
+            let (layer, (w1, rest)) = (pass.layer, self.halves(pass)?);
+            let ([a, b], [c, d]) = (self.small.map(|n| n as i64), self.large.map(|n| n as i64));
+            // The channels are at the end of a Linear layer's input, else behind the batch.
+            let (axes, size) = (self.weight.len() - 2, x.size());
+            let lead = if axes == 0 { &size[..size.len() - 1] } else { &size[..1] };
+            let parts = x.f_reshape([&[-1, d], &size[size.len() - axes..]].concat())?;
+            let point = |t: Tensor| {
+                let shape = [&t.size()[..], &vec![1; axes]].concat();
+                t.f_reshape(shape)
+            };
+            let (t, up) = match rest {
+                [left, right, core] => {
+                    let t = layer.pointwise(&parts, &point(right.shallow_clone())?)?;
+                    (layer.apply(&t, core)?, Some(point(left.f_transpose(0, 1)?)?))
+                }
+                [left, right] => {
+                    let down = right.f_reshape([&[-1, d], &long(&self.weight[2..])[..]].concat())?;
+                    (layer.apply(&parts, &down)?, Some(point(left.shallow_clone())?))
+                }
+                _ => (layer.apply(&parts, &rest[0])?, None),
+            };
+            let size = t.size();
+            let (inner, spatial) = (size[1], &size[2..]);
+            let values = inner * spatial.iter().product::<i64>();
+            let t = w1.f_matmul(&t.f_reshape([-1, b, values])?)?;
+            let y = match up {
+                Some(up) => layer.pointwise(&t.f_reshape([&[-1, inner], spatial].concat())?, &up)?,
+                None => t,
+            };
+            pass.dropped(y.f_reshape([lead, &[a * c], spatial].concat())?)
+        }
+
+        /// That of a Kronecker product is the product of both norms.
+        fn norm(&self, pass: &Pass) -> Result<Tensor> {
+            let (w1, rest) = self.halves(pass)?;
+            let norm = |t: Tensor| t.f_to_kind(Kind::Double)?.f_norm();
+            Ok(norm(w1)?.f_mul(&norm(large(rest)?)?)?)
+        }
+
+        fn shrunk(&self, ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {
+            evenly(ratio, self.parameters().len())
+        }
+    }
+}

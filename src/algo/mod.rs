@@ -6,6 +6,8 @@ mod boft;
 #[cfg(feature = "torch")]
 pub mod draw;
 mod extras;
+#[cfg(feature = "torch")]
+mod factorization;
 pub mod full;
 pub mod glora;
 pub mod ia3;
@@ -133,7 +135,8 @@ pub static ALL: &[Recipe] = &[
 
 /// The algorithms that can be trained. DoRA goes around those that have a low rank: [`extras::Decomposed`].
 #[cfg(feature = "torch")]
-pub static TRAINED: &[training::Begin] = &[lora::BEGIN];
+pub static TRAINED: &[training::Begin] =
+    &[lora::BEGIN, loha::BEGIN, lokr::BEGIN, glora::BEGIN, ia3::BEGIN, full::BEGIN, norm::BEGIN];
 
 /// Reads one module. `Err(Unsupported)` names what this version does not know.
 pub fn read(module: &str, group: Group) -> Result<Box<dyn Algorithm>> {

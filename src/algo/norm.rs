@@ -50,3 +50,13 @@ impl Algorithm for Norm {
         pairs.into_iter().filter_map(|(name, tensor)| Some((name, tensor.as_ref()?))).collect()
     }
 }
+
+/// The same formula in training.
+#[cfg(feature = "torch")]
+pub(super) const BEGIN: super::training::Begin = super::training::Begin {
+    names: &["norm"],
+    new: |layer, _, _| {
+        let difference = super::full::training::Difference::new("norm", [WEIGHT, BIAS], layer, &layer.weight);
+        Ok(Box::new(difference))
+    },
+};

@@ -154,6 +154,20 @@ impl Layer {
             _ => Ok(values.f_reshape([-1])?),
         }
     }
+
+    /// The shape of one value per channel of an output `y`; over the last axes of a LayerNorm or RMSNorm every value is a channel.
+    pub fn channels(&self, y: &Tensor) -> Vec<i64> {
+        let mut shape = long(&self.weight);
+        match self.form {
+            Form::Linear => shape.truncate(1),
+            Form::Convolution { .. } | Form::GroupNorm { .. } => {
+                shape.truncate(1);
+                shape.resize(y.dim() - 1, 1);
+            }
+            Form::LayerNorm { .. } | Form::RmsNorm { .. } => {}
+        }
+        shape
+    }
 }
 
 /// The start values of a parameter.
@@ -319,6 +333,15 @@ impl Pass<'_> {
     pub fn shape(&self) -> Vec<i64> {
         long(&self.layer.weight)
     }
+
+    /// An output without what chance leaves out of it: channels, which are the rows of dW, and single values.
+    pub fn dropped(&self, mut y: Tensor) -> Result<Tensor> {
+        let Some(draw) = self.draw else { return Ok(y) };
+        if let Some(mask) = draw.ranks(&self.layer.channels(&y), self.compute)? {
+            y = y.f_mul(&mask)?;
+        }
+        draw.values(y)
+    }
 }
 
 /// What a backward pass of one module gives.
@@ -353,16 +376,14 @@ pub trait Trainable: Debug + Send {
     /// dW in the weight's shape, in the compute dtype; differentiable in the parameters.
     fn delta(&self, pass: &Pass) -> Result<Tensor>;
 
+    /// What it adds to the layer's bias.
+    fn shift<'a>(&self, _pass: &Pass<'a>) -> Option<&'a Tensor> {
+        None
+    }
+
     /// What the module adds to its layer's output for the layer's input `x`; differentiable. `x` has the compute dtype.
     fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
-        let mut delta = self.delta(pass)?;
-        let Some(draw) = pass.draw else { return pass.layer.apply(x, &delta) };
-        let mut rows = vec![1i64; pass.layer.weight.len()];
-        rows[0] = pass.layer.weight[0] as i64;
-        if let Some(mask) = draw.ranks(&rows, pass.compute)? {
-            delta = delta.f_mul(&mask)?;
-        }
-        draw.values(pass.layer.apply(x, &delta)?)
+        by_delta(self, pass, x)
     }
 
     /// The gradients for the layer's output gradient. The parameters are leaves that require a gradient; `x` is none. The default
@@ -418,6 +439,26 @@ pub fn add_gradients(gradients: Gradients, into: &[Tensor]) -> Result<Option<Ten
         }
     }
     Ok(gradients.input)
+}
+
+/// Any module's forward: the layer itself, with dW for its weight.
+pub fn by_delta<T: Trainable + ?Sized>(module: &T, pass: &Pass, x: &Tensor) -> Result<Tensor> {
+    let mut y = pass.layer.apply(x, &module.delta(pass)?)?;
+    if let Some(bias) = module.shift(pass) {
+        y = y.f_add(&bias.f_reshape(pass.layer.channels(&y))?)?;
+    }
+    pass.dropped(y)
+}
+
+/// `t * scale`, and `t` itself for a scale of 1.
+pub fn scaled(t: &Tensor, scale: f64) -> Result<Tensor> {
+    Ok(if scale == 1.0 { t.shallow_clone() } else { t.f_mul_scalar(scale)? })
+}
+
+/// [`Trainable::shrunk`] of a dW that is a product of all `count` parameters: each becomes smaller by the same factor.
+pub fn evenly(ratio: &Tensor, count: usize) -> Result<Option<Vec<Tensor>>> {
+    let each = ratio.f_pow_tensor_scalar(1.0 / count as f64)?;
+    Ok(Some((0..count).map(|_| each.shallow_clone()).collect()))
 }
 
 /// The gradients of any differentiable forward, by libtorch's autograd. Works whatever grad mode the calling thread is in.

@@ -6,7 +6,7 @@ use super::training::*;
 use super::{Group, TRAINED};
 use crate::merge::bypass::Geometry;
 use crate::merge::cpu;
-use crate::merge::ops::{Storage, Term};
+use crate::merge::ops::{Op, Storage, Term};
 use crate::view::{Device, Tensor, View};
 use tch::{Kind, Tensor as Torch};
 
@@ -33,6 +33,9 @@ fn cases() -> Vec<Case> {
         sliding("linear", &[8, 6], &[1], &[0], &[1], 1, &[2, 3, 6]),
         sliding("linear, one row", &[8, 6], &[1], &[0], &[1], 1, &[6]),
         sliding("conv1d", &[8, 6, 3], &[2], &[1], &[1], 1, &[2, 6, 9]),
+        // Large enough for the ways around dW that only pay off there.
+        sliding("linear, wide", &[64, 96], &[1], &[0], &[1], 1, &[2, 3, 96]),
+        sliding("conv1d, wide", &[64, 24, 3], &[1], &[1], &[1], 1, &[2, 24, 5]),
         sliding("conv2d", &[8, 6, 3, 3], &[1, 2], &[1, 0], &[1], 1, &[2, 6, 5, 7]),
         sliding("conv2d 1x1", &[8, 6, 1, 1], &[1], &[0], &[1], 1, &[2, 6, 3, 5]),
         sliding("conv2d dilated", &[8, 6, 3, 3], &[1], &[2], &[2], 1, &[2, 6, 6, 5]),
@@ -311,55 +314,61 @@ fn the_change_is_that_of_the_file() {
         let read = super::read(name, group).unwrap_or_else(|e| panic!("{}: {e}", subject.what));
         assert_eq!(read.name().replace("LoCon", "LoRA"), subject.module.name().replace("LoCon", "LoRA"));
         let ops = read.lower(name, &subject.case.layer.weight).unwrap();
-        let terms: Vec<Term> = ops.iter().map(|op| Term { op, strength: 1.0, slice: None }).collect();
-        let flat = |t: &Torch| Vec::<f32>::try_from(t.to_kind(Kind::Float).reshape([-1])).unwrap();
-        let mut weight = flat(&subject.weight);
-        let mut merged = weight.clone();
-        let shape = long(&subject.case.layer.weight);
-        let sizes: Vec<usize> = subject.case.layer.weight.clone();
-        let view = |data: &mut Vec<f32>| {
-            // SAFETY: the vectors hold as many elements as the shape and outlive the views.
-            unsafe {
-                View::from_raw(data.as_mut_ptr().cast(), Device::Cpu, crate::dtype::Dtype::F32, &sizes, None)
-            }
-            .unwrap()
+        let merged = |ops: &[Op], base: &Torch| {
+            let terms: Vec<Term> = ops.iter().map(|op| Term { op, strength: 1.0, slice: None }).collect();
+            let mut weight = Vec::<f32>::try_from(base.to_kind(Kind::Float).reshape([-1])).unwrap();
+            let mut merged = weight.clone();
+            let sizes: Vec<usize> = base.size().iter().map(|&d| d as usize).collect();
+            let view = |data: &mut Vec<f32>| {
+                let (data, device, dtype) = (data.as_mut_ptr().cast(), Device::Cpu, crate::dtype::Dtype::F32);
+                // SAFETY: the vectors hold as many elements as the shape and outlive the views.
+                unsafe { View::from_raw(data, device, dtype, &sizes, None) }.unwrap()
+            };
+            let (from, out) = (view(&mut weight), view(&mut merged));
+            cpu::merge(name, &from, &out, &Storage::default(), &terms).unwrap();
+            Torch::from_slice(&merged).to_kind(Kind::Double).reshape(base.size())
         };
-        let (base, out) = (view(&mut weight), view(&mut merged));
-        cpu::merge(name, &base, &out, &Storage::default(), &terms).unwrap();
         let leaves = subject.leaves(Kind::Double);
-        let delta = match subject.case.layer.is_norm() {
-            // A norm's dW is its parameter.
-            true => subject.values(0),
-            false => {
-                let pass = subject.pass(&leaves, &subject.weight, None);
-                tch::no_grad(|| subject.module.delta(&pass)).unwrap()
-            }
-        };
-        let want = &subject.weight + delta.reshape(&shape);
+        let pass = subject.pass(&leaves, &subject.weight, None);
+        let delta = tch::no_grad(|| subject.module.delta(&pass)).unwrap();
         // fp32 against fp64, and factors that the file's way computes in fp32 first.
-        assert_close(
-            &subject.what,
-            &Torch::from_slice(&merged).to_kind(Kind::Double).reshape(&shape),
-            &want,
-            2e-6,
-        );
+        assert_close(&subject.what, &merged(&ops, &subject.weight), &(&subject.weight + delta), 2e-6);
+        assert_eq!(read.changes().bias, subject.module.shift(&pass).is_some(), "{}", subject.what);
+        if let Some(shift) = subject.module.shift(&pass) {
+            let shift = shift.detach();
+            let ops = read.lower_bias(name, &[shift.numel()]).unwrap();
+            assert_close(&subject.what, &merged(&ops, &shift.zeros_like()), &shift, 1e-7);
+        }
     }
 }
 
 /// Forward is the layer with dW for its weight, however an algorithm computes it.
 #[test]
 fn forward_is_the_layer_with_the_change() {
-    for subject in subjects().into_iter().filter(|s| !s.case.layer.is_norm()) {
+    for subject in subjects() {
         let (leaves, x) = (subject.leaves(Kind::Double), wave(subject.case.x, 3.0));
-        let pass = subject.pass(&leaves, &subject.weight, None);
+        let (pass, layer) = (subject.pass(&leaves, &subject.weight, None), &subject.case.layer);
         tch::no_grad(|| {
-            let want = subject.case.layer.apply(&x, &subject.module.delta(&pass).unwrap()).unwrap();
+            let mut want = layer.apply(&x, &subject.module.delta(&pass).unwrap()).unwrap();
+            if let Some(shift) = subject.module.shift(&pass) {
+                want += shift.reshape(layer.channels(&want));
+            }
             let got = subject.module.forward(&pass, &x).unwrap();
-            let bias = subject.parameters.iter().position(|p| p.slot == "diff_b");
-            let bias = bias.map(|at| subject.case.layer.per_output(&leaves[at]).unwrap());
-            let want = bias.map_or(want.shallow_clone(), |bias| want + bias);
             assert_close(&subject.what, &got, &want, 1e-12);
         });
+    }
+}
+
+/// What chance leaves out does not depend on how a forward is computed.
+#[test]
+fn a_forward_around_the_change_leaves_out_the_same() {
+    let draw = Draw::new(&Torch::from(3i64), 11, Dropout { values: 0.3, ranks: 0.3, modules: 0.0 });
+    let around = ["loha", "lokr", "glora", "ia3"];
+    for subject in subjects().iter().filter(|s| around.iter().any(|name| s.what.starts_with(name))) {
+        let (leaves, x) = (subject.leaves(Kind::Double), wave(subject.case.x, 3.0));
+        let pass = subject.pass(&leaves, &subject.weight, Some(&draw));
+        let (got, want) = (subject.module.forward(&pass, &x), by_delta(&*subject.module, &pass, &x));
+        assert_close(&subject.what, &got.unwrap().detach(), &want.unwrap().detach(), 1e-12);
     }
 }
 

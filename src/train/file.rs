@@ -124,7 +124,12 @@ impl Network {
             let mut tensors = source.algorithm.tensors();
             for (slot, ours) in module.algorithm.constants() {
                 let at = tensors.iter().position(|(name, _)| *name == slot);
-                let theirs = at.and_then(|at| tensors.swap_remove(at).1.scalar()).unwrap_or(0.0);
+                let theirs = at.and_then(|at| tensors.swap_remove(at).1.scalar());
+                if slot == "alpha" && theirs.is_some() && source.algorithm.alpha().is_none() {
+                    // It has no meaning for what was read: LoKr without a rank.
+                    continue;
+                }
+                let theirs = theirs.unwrap_or(0.0);
                 // A missing or zero alpha means the rank.
                 let rank = source.algorithm.rank().filter(|_| slot == "alpha" && theirs == 0.0);
                 let theirs = rank.map_or(theirs, |rank| rank as f64);

@@ -41,7 +41,7 @@ pub(super) static KEYS: &[Key] = &[
     ),
     key("rank_dropout", "0", "share of ranks left out, per sample (lora), or of rows of the change (others)"),
     key("module_dropout", "0", "how often a whole module is left out"),
-    key("train_norm", "false", "norm layers too get a module: a change of their weight and bias"),
+    key("train_norm", "false", "norm layers too get a module, of algo norm: a change of their weight and bias"),
     key("lr_weight", "1", "factor of the learning rate"),
 ];
 
@@ -180,10 +180,12 @@ impl ModuleOptions {
             // alpha / rank in a file is then the same scale.
             rule.alpha *= (rule.dim as f64).sqrt();
         }
-        let algo = match layer.is_norm() {
-            false => self.algo?,
-            true => self.algo.filter(|_| self.train_norm).and(Some("norm"))?,
-        };
+        // The only algorithm of norm layers, and of no others.
+        let norm = "norm";
+        let algo = self.algo.map(|algo| if layer.is_norm() && self.train_norm { norm } else { algo })?;
+        if layer.is_norm() != (algo == norm) {
+            return None;
+        }
         let begin = TRAINED.iter().find(|begin| begin.names[0] == algo)?;
         Some(Chosen { begin, rule, dropout: self.dropout, rate: self.lr_weight })
     }

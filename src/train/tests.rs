@@ -3,6 +3,8 @@
 use super::network::Network;
 use super::Config;
 use crate::adapter::safetensors::File;
+use crate::algo::training::{long, Form, Layer};
+use crate::algo::TRAINED;
 use crate::dtype::Float;
 use crate::error::Error;
 use crate::merge::bypass::Geometry;
@@ -528,4 +530,55 @@ fn a_network_takes_ranks_and_values_from_a_file() {
     let text = third.build(Device::Cpu).unwrap_err().to_string();
     assert!(text.contains("has shape [3, 6], this network [16, 6]"), "{text}");
     assert!(third.parameters().is_err());
+}
+
+/// dW is zero at first, for every algorithm, kind of layer and choice of parameters; and it can become something else.
+#[test]
+fn a_fresh_module_changes_nothing() {
+    let sliding = |weight: &[usize], geometry: Geometry, x: &[i64]| {
+        (Layer::sliding("layer", weight, &geometry, true).unwrap(), Some(geometry), x.to_vec())
+    };
+    let norm = |form, x: &[i64]| {
+        (Layer { name: "layer".into(), weight: vec![6], form, bias: true }, None, x.to_vec())
+    };
+    let layers = [
+        sliding(&[64, 96], Geometry::default(), &[2, 3, 96]),
+        sliding(&[8, 6, 3], conv(1), &[2, 6, 5]),
+        sliding(&[8, 6, 3, 3], conv(1), &[2, 6, 5, 4]),
+        sliding(&[8, 6, 3, 3], conv(2), &[2, 12, 5, 4]),
+        norm(Form::LayerNorm { eps: 1e-5 }, &[2, 4, 6]),
+        norm(Form::RmsNorm { eps: 1e-5 }, &[2, 4, 6]),
+        norm(Form::GroupNorm { groups: 3, eps: 1e-5 }, &[2, 6, 4, 3]),
+    ];
+    let choices = [
+        r#""mixed_precision": "no""#,
+        r#""mixed_precision": "bf16""#,
+        r#""use_tucker": true"#,
+        r#""decompose_both": true"#,
+        r#""full_matrix": true"#,
+        r#""train_on_input": true"#,
+    ];
+    let mut modules = 0;
+    for (begin, choice) in TRAINED.iter().flat_map(|begin| choices.map(|choice| (begin, choice))) {
+        for (layer, geometry, x) in &layers {
+            let options = format!(r#"{{"algo": "{}", "network_dim": 2, {choice}}}"#, begin.names[0]);
+            let what = format!("{options} on {layer:?}");
+            let (x, weight) = (wave(x, 0.0), wave(&long(&layer.weight), 1.0));
+            let mut network = Network::new(Config::parse(&options).unwrap()).unwrap();
+            if network.add_layer(layer.clone(), geometry.clone(), Some(&weight)).unwrap().is_none() {
+                assert_ne!(layer.is_norm(), begin.names[0] == "norm", "{what}");
+                continue;
+            }
+            network.build(Device::Cpu).unwrap();
+            let base = layer.apply(&x, &weight).unwrap();
+            let y = base.copy();
+            network.forward(0, &x, Some(&weight), &y).unwrap();
+            let norm = |t: &Tensor| t.norm().double_value(&[]);
+            assert!(norm(&(y - &base)) <= 1e-6 * norm(&base), "{what}");
+            network.backward(0, &x, Some(&weight), &base, false).unwrap();
+            assert!(network.step().unwrap().grad_norm > 0.0, "{what}");
+            modules += 1;
+        }
+    }
+    assert_eq!(modules, choices.len() * (4 * (TRAINED.len() - 1) + 3));
 }
