@@ -267,6 +267,15 @@ class Network(Closable):
         """Makes the next forward see what was written into `parameters`."""
         self._call("lycore_network_refresh", None)
 
+    def set_ranks(self, share: float) -> None:
+        """From here on T-LoRA computes with the first `share` of its ranks, above 0 and up to 1, in forward and backward.
+
+        The paper's for timestep t of T, between `least` and all of `rank` ranks:
+        `(int(((T - t) / T) ** alpha * (rank - least)) + least) / rank`. A CUDA graph that was captured after the first
+        call sees the later ones. Other algorithms do not look at it.
+        """
+        self._call("lycore_network_set_ranks", share, None)
+
     @property
     def progress(self) -> tuple[int, int]:
         """Updates done, and calls of `step` since the last one (more than 0 in the middle of an accumulation)."""

@@ -53,6 +53,11 @@ impl Draw {
         Draw { step: step.shallow_clone(), key, dropout }
     }
 
+    /// Whether anything may be left out.
+    pub fn leaves_out(&self) -> bool {
+        self.dropout.any()
+    }
+
     /// Numbers in [0, 1), f32.
     pub fn uniform(&self, purpose: Purpose, shape: &[i64]) -> Result<Tensor> {
         let stream = self.key.wrapping_add((purpose as u64 + 1).wrapping_mul(0xd1b5_4a32_d192_ed03)) as i64;

@@ -78,15 +78,9 @@ impl Extras {
             (None, None) if self.bias.is_some() => "bias",
             (None, _) => return Err(malformed(module, "has no factors")),
             (Some(inner), None) => inner.name(),
-            (Some(inner), Some((magnitude, _))) => match inner.name() {
-                "LoRA" => "DoRA",
-                "LoCon" => "DoRA (LoCon)",
-                "LoHa" => "DoRA (LoHa)",
-                "LoKr" => "DoRA (LoKr)",
-                other => {
-                    return Err(malformed(module, format!("`{magnitude}` has no meaning beside {other}")))
-                }
-            },
+            (Some(inner), Some((magnitude, _))) => decomposed(inner.name()).ok_or_else(|| {
+                malformed(module, format!("`{magnitude}` has no meaning beside {}", inner.name()))
+            })?,
         };
         let own = inner.as_ref().and_then(|inner| inner.shape());
         if let (Some((_, to)), Some(_)) = (&self.grown, &inner) {
@@ -101,6 +95,17 @@ impl Extras {
         let grown = self.grown.as_ref().map(|(_, sizes)| sizes.clone()).or(own);
         Ok(Box::new(Dressed { name, inner, grown, extras: self }))
     }
+}
+
+/// What an algorithm is called with a magnitude around it; `None` for those that have none.
+fn decomposed(inner: &str) -> Option<&'static str> {
+    Some(match inner {
+        "LoRA" => "DoRA",
+        "LoCon" => "DoRA (LoCon)",
+        "LoHa" => "DoRA (LoHa)",
+        "LoKr" => "DoRA (LoKr)",
+        _ => return None,
+    })
 }
 
 /// Sizes up to here are whole numbers of f32.
@@ -225,5 +230,196 @@ impl Algorithm for Dressed {
         tensors.extend(self.extras.bias.as_ref().map(|t| (BIAS, t)));
         tensors.extend(self.extras.grown.as_ref().map(|(t, _)| (GROWN, t)));
         tensors
+    }
+}
+
+#[cfg(feature = "torch")]
+pub(super) use training::decompose;
+
+/// DoRA in training: `dW = V o m / |V| - W`, `V = W + inner dW`, with m the lengths of W to begin with. Gradients go through |V|, as in
+/// LyCORIS; PEFT takes it for a constant.
+#[cfg(feature = "torch")]
+mod training {
+    use super::{decomposed, MAGNITUDE};
+    use crate::algo::training::{
+        by_delta, differentiate, through_delta, Gradients, Init, Layer, Parameter, Pass, Trainable,
+    };
+    use crate::algo::ALPHA;
+    use crate::error::{Error, Result};
+    use tch::{Kind, Tensor};
+
+    /// Puts a magnitude around `inner`, one per output channel or per input channel.
+    pub(in crate::algo) fn decompose(
+        layer: &Layer,
+        inner: Box<dyn Trainable>,
+        on_output: bool,
+        weight: Option<&Tensor>,
+    ) -> Result<Box<dyn Trainable>> {
+        let Some(name) = decomposed(inner.name()) else {
+            let what = format!("`{}`: DoRA has no meaning around {}", layer.name, inner.name());
+            return Err(Error::argument(what, "it goes around lora, loha and lokr"));
+        };
+        let weight = weight.ok_or_else(|| {
+            let what = format!("`{}`: DoRA begins with the lengths of the layer's own weight", layer.name);
+            Error::argument(what, "pass the weight when the layer is registered")
+        })?;
+        let mut shape = vec![1; layer.weight.len()];
+        let axis = usize::from(!on_output);
+        shape[axis] = layer.weight[axis];
+        let start = Vec::try_from(lengths(weight, axis)?.f_flatten(0, -1)?)?;
+        let alpha = inner.constants().iter().find(|(name, _)| *name == ALPHA).map(|(_, alpha)| *alpha);
+        let scale = alpha.zip(inner.rank()).map(|(alpha, rank)| alpha / rank as f64);
+        let thin = scale.filter(|_| name == "DoRA" && on_output);
+        Ok(Box::new(Decomposed { name, inner, axis, shape, start, thin }))
+    }
+
+    /// The norms over all axes but one.
+    fn lengths(weight: &Tensor, axis: usize) -> Result<Tensor> {
+        let others: Vec<i64> = (0..weight.dim()).filter(|&a| a != axis).map(|a| a as i64).collect();
+        Ok(weight.f_norm_scalaropt_dim(2, &others[..], true)?)
+    }
+
+    /// A module in training with a magnitude around it.
+    #[derive(Debug)]
+    struct Decomposed {
+        name: &'static str,
+        inner: Box<dyn Trainable>,
+        /// The channels that have a length each: of the outputs, 0, or of the inputs, 1.
+        axis: usize,
+        /// Of the magnitude.
+        shape: Vec<usize>,
+        start: Vec<f32>,
+        /// The scale of the inner product of two factors, on a Linear layer with a length per output. Then the layer's output is
+        /// `y + (m / |V| - 1) (W x) + m / |V| (inner x)`, and the lengths follow from `|W|^2 + 2 <W, dW> + |dW|^2` and thin products:
+        /// no matrix of the weight's size is made. That takes about 52 bytes per output value and 26 per weight, dW about 156 per weight,
+        /// beside the same three large products; so it is taken where a batch has at most two rows per input channel.
+        thin: Option<f64>,
+    }
+
+    impl Decomposed {
+        fn thin(&self, pass: &Pass, x: &Tensor) -> Option<f64> {
+            let inputs = pass.layer.weight[1];
+            self.thin.filter(|_| pass.whole() && x.numel() <= 2 * inputs * inputs)
+        }
+
+        /// What the inner module is computed from, and the magnitude.
+        fn split<'a>(&self, pass: &Pass<'a>) -> Result<(Pass<'a>, &'a Tensor)> {
+            match pass.parameters.split_last() {
+                Some((magnitude, parameters)) => Ok((Pass { parameters, ..*pass }, magnitude)),
+                None => Err(Error::Backend(format!("`{}` has no magnitude", pass.layer.name))),
+            }
+        }
+    }
+
+    /// m / |V|. A row of zeros stays one.
+    fn ratio(magnitude: &Tensor, lengths: &Tensor) -> Result<Tensor> {
+        Ok(magnitude.f_div(&lengths.f_clamp_min(f64::from(f32::MIN_POSITIVE))?)?)
+    }
+
+    /// The rows' lengths of `W + scale up down`, without the sum.
+    fn thin_lengths(base: &Tensor, parameters: &[Tensor], scale: f64, kind: Kind) -> Result<Tensor> {
+        let (down, up) = (&parameters[0], parameters[1].f_to_kind(kind)?);
+        let crossed = base.f_matmul(&down.f_transpose(0, 1)?)?.f_to_kind(kind)?;
+        let down = down.f_to_kind(kind)?;
+        let gram = down.f_matmul(&down.f_transpose(0, 1)?)?;
+        // <W, up down> and |up down|^2 / 2 of each row.
+        let added = crossed.f_add(&up.f_matmul(&gram)?.f_mul_scalar(scale / 2.0)?)?.f_mul(&up)?;
+        let added = added.f_sum_dim_intlist(&[1i64][..], true, None)?.f_mul_scalar(2.0 * scale)?;
+        let own = lengths(&base.f_to_kind(kind)?, 0)?.f_square()?;
+        Ok(own.f_add(&added)?.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_sqrt()?)
+    }
+
+    impl Trainable for Decomposed {
+        fn name(&self) -> &'static str {
+            self.name
+        }
+
+        fn rank(&self) -> Option<usize> {
+            self.inner.rank()
+        }
+
+        fn constants(&self) -> Vec<(&'static str, f64)> {
+            self.inner.constants()
+        }
+
+        fn parameters(&self) -> Vec<Parameter> {
+            let magnitude =
+                Parameter::new(MAGNITUDE, &self.shape, Init::Values(self.start.clone())).precise();
+            self.inner.parameters().into_iter().chain([magnitude]).collect()
+        }
+
+        fn needs_weight(&self) -> bool {
+            true
+        }
+
+        fn delta(&self, pass: &Pass) -> Result<Tensor> {
+            let (inner, magnitude) = self.split(pass)?;
+            let base = pass.base()?.f_to_kind(magnitude.f_kind()?)?;
+            let inner = self.inner.delta(&inner)?.f_to_kind(magnitude.f_kind()?)?;
+            let ratio = ratio(magnitude, &lengths(&base.f_add(&inner)?, self.axis)?)?;
+            // Not V m / |V| - W: that would round the small difference at the size of W.
+            let delta = base.f_mul(&ratio.f_sub_scalar(1.0)?)?.f_addcmul(&inner, &ratio)?;
+            Ok(delta.f_to_kind(pass.compute)?)
+        }
+
+        fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
+            let Some(scale) = self.thin(pass, x) else { return by_delta(self, pass, x) };
+            let (inner, magnitude) = self.split(pass)?;
+            let lengths = thin_lengths(pass.base()?, inner.parameters, scale, magnitude.f_kind()?)?;
+            let ratio = ratio(magnitude, &lengths)?.f_flatten(0, -1)?;
+            let base = pass.layer.apply(x, pass.base()?)?;
+            let base = base.f_mul(&ratio.f_sub_scalar(1.0)?.f_to_kind(pass.compute)?)?;
+            let added = self.inner.forward(&inner, x)?;
+            Ok(base.f_addcmul(&added, &ratio.f_to_kind(pass.compute)?)?)
+        }
+
+        fn backward(&self, pass: &Pass, x: &Tensor, grad_y: &Tensor, want_input: bool) -> Result<Gradients> {
+            match self.thin(pass, x) {
+                Some(_) => differentiate(&|x| self.forward(pass, x), pass.parameters, x, grad_y, want_input),
+                None => through_delta(self, pass, x, grad_y, want_input),
+            }
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+        use crate::algo::training::{long, Rule};
+        use crate::algo::training_tests::{rule, wave};
+        use crate::merge::bypass::Geometry;
+
+        /// The lengths from squares and thin products are those of the sum, also where dW is as large as W.
+        #[test]
+        fn thin_lengths_are_those_of_the_sum() {
+            let (base, down) = (wave(&[96, 64], 0.4), wave(&[8, 64], 1.2));
+            for size in [0.0, 1e-6, 1e-3, 1.0] {
+                let parameters = [down.shallow_clone(), wave(&[96, 8], 2.3) * size];
+                let delta = parameters[1].matmul(&down) * 0.3;
+                let want = lengths(&(&base + &delta), 0).unwrap();
+                let single = parameters.each_ref().map(|t| t.to_kind(Kind::Float));
+                let got = thin_lengths(&base.to_kind(Kind::Float), &single, 0.3, Kind::Float).unwrap();
+                let off = (got / &want - 1.0).abs().max().double_value(&[]);
+                // A few roundings, as in the sum itself; V is nowhere much shorter than W.
+                assert!(off <= 5e-7, "{size}: {off}");
+            }
+        }
+
+        #[test]
+        fn what_cannot_begin_says_why() {
+            let layer = Layer::sliding("layer", &[8, 6], &Geometry::default(), false).unwrap();
+            let rule = Rule { decompose: Some(true), ..rule() };
+            let begin = |name: &str, weight: Option<&Tensor>| {
+                let begin = crate::algo::TRAINED.iter().find(|b| b.names[0] == name).unwrap();
+                crate::algo::begin(begin, &layer, &rule, weight)
+            };
+            let weight = wave(&long(&layer.weight), 0.4).to_kind(Kind::Float);
+            assert_eq!(begin("lora", Some(&weight)).unwrap().name(), "DoRA");
+            let error = begin("lora", None).unwrap_err();
+            assert!(error.hint().contains("pass the weight"), "{error:?}");
+            let error = begin("boft", Some(&weight)).unwrap_err();
+            assert!(error.to_string().contains("no meaning around BOFT"), "{error}");
+            let error = begin("lora", Some(&weight.transpose(0, 1))).unwrap_err();
+            assert!(matches!(error, Error::Shape { .. }), "{error}");
+        }
     }
 }

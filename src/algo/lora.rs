@@ -11,8 +11,8 @@
 //! | `lora_up.bias` | O: `b' = b + s * alpha / rank * bias` (PEFT's `lora_bias`) | O | O |
 //! | `alpha` | one number; missing or 0: the rank | | |
 //!
-//! DyLoRA (Valipour et al. 2022, arXiv:2210.07558) writes the same tensors, trained so that every prefix of the ranks works: a prefix of b
-//! ranks has the scale alpha / b. PEFT's LoRA on embeddings [words, width] has both factors transposed: `lora_embedding_A` [r, words],
+//! DyLoRA ([`super::dylora`]) writes the same tensors, trained so that every prefix of the ranks works: a prefix of b ranks has the scale
+//! alpha / b. PEFT's LoRA on embeddings [words, width] has both factors transposed: `lora_embedding_A` [r, words],
 //! `lora_embedding_B` [width, r].
 
 use super::{malformed, required, Algorithm, Changes, Group, Recipe, ALPHA};
@@ -226,27 +226,33 @@ impl Algorithm for Embedding {
 }
 
 #[cfg(feature = "torch")]
-pub(super) use training::BEGIN;
+pub(super) use training::{BEGIN, FROZEN_DOWN};
 
 /// The same formula in training, and the gradient of the Linear case by hand.
 #[cfg(feature = "torch")]
-mod training {
+pub(super) mod training {
     use super::{ALPHA, DOWN, MID, UP};
     use crate::algo::training::{
-        add_gradients, add_output, Begin, Init, Layer, Parameter, Pass, Rule, Trainable,
+        add_gradients, add_output, differentiate, Begin, Init, Layer, Parameter, Pass, Rule, Trainable,
     };
     use crate::error::Result;
     use crate::torch_ext::{multiply, product, Factor};
     use tch::{Kind, Tensor};
 
-    pub(in crate::algo) const BEGIN: Begin = Begin {
-        names: &["lora", "locon"],
-        new: |layer, rule, _| Ok(Box::new(Training::new(layer, rule, false))),
+    pub(in crate::algo) const BEGIN: Begin =
+        Begin { names: &["lora", "locon"], new: |layer, rule, _| Ok(Box::new(Training::new(layer, rule))) };
+
+    /// LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): the file is a plain LoRA.
+    pub(in crate::algo) const FROZEN_DOWN: Begin = Begin {
+        names: &["lora-fa"],
+        new: |layer, rule, _| {
+            Ok(Box::new(Training { frozen_down: true, tucker: false, ..Training::new(layer, rule) }))
+        },
     };
 
     /// A LoRA or LoCon module in training.
     #[derive(Debug)]
-    pub(super) struct Training {
+    pub(in crate::algo) struct Training {
         weight: Vec<usize>,
         rank: usize,
         alpha: f64,
@@ -256,9 +262,34 @@ mod training {
     }
 
     impl Training {
-        pub(super) fn new(layer: &Layer, rule: &Rule, frozen_down: bool) -> Self {
-            let tucker = rule.tucker && layer.large_kernel();
-            Training { weight: layer.weight.clone(), rank: rule.dim, alpha: rule.alpha, tucker, frozen_down }
+        pub(in crate::algo) fn new(layer: &Layer, rule: &Rule) -> Self {
+            let (weight, tucker) = (layer.weight.clone(), rule.tucker && layer.large_kernel());
+            Training { weight, rank: rule.dim, alpha: rule.alpha, tucker, frozen_down: false }
+        }
+
+        /// [`Trainable::accumulate`] where the factors, down and up, follow from a pass's parameters by `factors`.
+        pub(in crate::algo) fn accumulate_through(
+            &self,
+            factors: &dyn Fn() -> Result<[Tensor; 2]>,
+            pass: &Pass,
+            (x, grad_y): (&Tensor, &Tensor),
+            want_input: bool,
+            into: &[Tensor],
+        ) -> Result<Option<Tensor>> {
+            let leaf = |t: &Tensor| Ok(t.f_detach()?.f_set_requires_grad(true)?);
+            let leaves = tch::no_grad(factors)?.iter().map(leaf).collect::<Result<Vec<_>>>()?;
+            let kind = into[0].f_kind()?;
+            let zero = |t: &Tensor| Ok(Tensor::f_zeros(t.size(), (kind, t.device()))?);
+            let gradients = leaves.iter().map(zero).collect::<Result<Vec<_>>>()?;
+            let inner = Pass { parameters: &leaves, ..*pass };
+            let input = self.accumulate(&inner, x, grad_y, want_input, &gradients)?;
+            let side_by_side = |pair: &[Tensor]| -> Result<Tensor> {
+                Ok(Tensor::f_cat(&[pair[0].f_flatten(0, -1)?, pair[1].f_flatten(0, -1)?], 0)?)
+            };
+            let gradients = side_by_side(&gradients)?;
+            let found = differentiate(&|_| side_by_side(&factors()?), pass.parameters, x, &gradients, false)?;
+            add_gradients(found, into)?;
+            Ok(input)
         }
 
         fn scale(&self) -> f64 {
@@ -272,7 +303,7 @@ mod training {
         /// Down and up of a Linear layer from which nothing is left out.
         fn linear<'a>(&self, pass: &Pass<'a>) -> Option<[&'a Tensor; 2]> {
             match pass.parameters {
-                [down, up] if self.weight.len() == 2 && pass.draw.is_none() => Some([down, up]),
+                [down, up] if self.weight.len() == 2 && pass.whole() => Some([down, up]),
                 _ => None,
             }
         }
@@ -300,9 +331,13 @@ mod training {
             let kernel = if self.tucker { &point[..] } else { &self.weight[2..] };
             let down = [&[self.rank, self.weight[1]], kernel].concat();
             let up = [&[self.weight[0], self.rank], &point[..]].concat();
-            let down = Parameter::new(DOWN, &down, Init::kaiming(&down)).ranked(0);
+            let init = match self.frozen_down {
+                false => Init::kaiming(&down),
+                // As in sd-scripts: what stays as it begins decides about the learning rate.
+                true => Init::Normal { deviation: (2.0 / (self.weight[1] + self.rank) as f64).sqrt() },
+            };
             let mut parameters = vec![
-                Parameter { frozen: self.frozen_down, ..down },
+                Parameter { frozen: self.frozen_down, ..Parameter::new(DOWN, &down, init).ranked(0) },
                 Parameter::new(UP, &up, Init::ZEROS).ranked(1).plus(),
             ];
             if self.tucker {
@@ -401,9 +436,12 @@ mod training {
         }
 
         fn shrunk(&self, ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {
-            let count = self.parameters().len();
-            let each = ratio.f_pow_tensor_scalar(1.0 / count as f64)?;
-            Ok(Some((0..count).map(|_| each.shallow_clone()).collect()))
+            let parameters = self.parameters();
+            let trained = parameters.iter().filter(|p| !p.frozen).count();
+            let each = ratio.f_pow_tensor_scalar(1.0 / trained as f64)?;
+            let one = ratio.f_ones_like()?;
+            let factor = |p: &Parameter| if p.frozen { one.shallow_clone() } else { each.shallow_clone() };
+            Ok(Some(parameters.iter().map(factor).collect()))
         }
     }
 }

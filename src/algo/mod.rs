@@ -5,6 +5,8 @@
 mod boft;
 #[cfg(feature = "torch")]
 pub mod draw;
+#[cfg(feature = "torch")]
+mod dylora;
 mod extras;
 #[cfg(feature = "torch")]
 mod factorization;
@@ -133,10 +135,42 @@ pub static ALL: &[Recipe] = &[
     ia3::RECIPE,
 ];
 
-/// The algorithms that can be trained. DoRA goes around those that have a low rank: [`extras::Decomposed`].
+/// The algorithms that can be trained. DoRA goes around those that have a low rank: [`begin`].
 #[cfg(feature = "torch")]
-pub static TRAINED: &[training::Begin] =
-    &[lora::BEGIN, loha::BEGIN, lokr::BEGIN, glora::BEGIN, ia3::BEGIN, full::BEGIN, norm::BEGIN];
+pub static TRAINED: &[training::Begin] = &[
+    lora::BEGIN,
+    lora::FROZEN_DOWN,
+    dylora::BEGIN,
+    loha::BEGIN,
+    lokr::BEGIN,
+    glora::BEGIN,
+    tlora::BEGIN,
+    oft::BEGIN,
+    boft::BEGIN,
+    ia3::BEGIN,
+    full::BEGIN,
+    norm::BEGIN,
+];
+
+/// A module in training for a layer, with DoRA around it where the rule says so. `weight` is the layer's own, fp32, where the host gave it.
+#[cfg(feature = "torch")]
+pub fn begin(
+    begin: &training::Begin,
+    layer: &training::Layer,
+    rule: &training::Rule,
+    weight: Option<&tch::Tensor>,
+) -> Result<Box<dyn training::Trainable>> {
+    if let Some(got) = weight.map(tch::Tensor::size).filter(|got| *got != training::long(&layer.weight)) {
+        let got = got.into_iter().map(|d| d as usize).collect();
+        let (tensor, expected) = (layer.name.clone(), layer.weight.clone());
+        return Err(Error::Shape { tensor, what: "the layer's weight".into(), expected, got });
+    }
+    let inner = (begin.new)(layer, rule, weight)?;
+    match rule.decompose.filter(|_| !layer.is_norm()) {
+        None => Ok(inner),
+        Some(on_output) => extras::decompose(layer, inner, on_output, weight),
+    }
+}
 
 /// Reads one module. `Err(Unsupported)` names what this version does not know.
 pub fn read(module: &str, group: Group) -> Result<Box<dyn Algorithm>> {

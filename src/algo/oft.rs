@@ -174,3 +174,120 @@ impl Algorithm for Oft {
         self.tensors.iter().map(|(name, tensor)| (*name, tensor)).collect()
     }
 }
+
+#[cfg(feature = "torch")]
+pub(super) use training::BEGIN;
+
+/// The same formula in training: `dW = rescale o (R^T W) - W`, as a sum of what is small.
+#[cfg(feature = "torch")]
+pub(super) mod training {
+    use super::{ALPHA, BLOCKS, RESCALE};
+    use crate::algo::factorization::factorization;
+    use crate::algo::training::{
+        through_delta, Begin, Gradients, Init, Layer, Parameter, Pass, Rule, Trainable,
+    };
+    use crate::error::Result;
+    use tch::Tensor;
+
+    pub(in crate::algo) const BEGIN: Begin = Begin {
+        names: &["diag-oft", "oft"],
+        new: |layer, rule, _| {
+            // LyCORIS's choice: its reader finds the size of a file's blocks by it.
+            let (size, count) = factorization(layer.weight[0], rule.dim as i64);
+            Ok(Box::new(Training::new("OFT", layer, rule, &[count, size, size], turned)))
+        },
+    };
+
+    /// `(R - I)^T W` of every block.
+    fn turned(turns: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        let (count, size) = (turns.size()[0], turns.size()[1]);
+        let rows = weight.f_reshape([count, size, -1])?;
+        Ok(turns.f_transpose(1, 2)?.f_bmm(&rows)?.f_reshape(weight.size())?)
+    }
+
+    /// What blocks of R - I add to a weight, a matrix.
+    type Turn = fn(turns: &Tensor, weight: &Tensor) -> Result<Tensor>;
+
+    /// A diag-OFT or BOFT module in training.
+    #[derive(Debug)]
+    pub(in crate::algo) struct Training {
+        name: &'static str,
+        /// Of `oft_blocks`.
+        blocks: Vec<usize>,
+        /// Of `rescale`, if it has one.
+        rescale: Option<Vec<usize>>,
+        constraint: f64,
+        /// Largest norm of Q; 0: any.
+        limit: f64,
+        turn: Turn,
+    }
+
+    impl Training {
+        pub(in crate::algo) fn new(
+            name: &'static str,
+            layer: &Layer,
+            rule: &Rule,
+            blocks: &[usize],
+            turn: Turn,
+        ) -> Self {
+            let mut rescale = vec![1; layer.weight.len()];
+            rescale[0] = layer.weight[0];
+            Training {
+                name,
+                blocks: blocks.to_vec(),
+                rescale: rule.rescaled.then_some(rescale),
+                constraint: rule.constraint,
+                limit: rule.constraint * layer.weight[0] as f64,
+                turn,
+            }
+        }
+
+        /// R - I of every block: `2 Q (I - Q)^-1` keeps the digits of a small Q, as the difference would not.
+        fn turns(&self, blocks: &Tensor) -> Result<Tensor> {
+            let mut q = blocks.f_sub(&blocks.f_transpose(-1, -2)?)?;
+            if self.limit > 0.0 {
+                let norm = q.f_norm()?.f_clamp_min(self.limit)?;
+                q = q.f_mul(&norm.f_reciprocal()?.f_mul_scalar(self.limit)?)?;
+            }
+            let size = self.blocks[self.blocks.len() - 1] as i64;
+            let one = Tensor::f_eye(size, (q.f_kind()?, q.device()))?;
+            // Q is skew-symmetric, so I - Q has an inverse: nobody needs to wait for the device to say so. The two commute.
+            Ok(Tensor::f_linalg_solve_ex(&one.f_sub(&q)?, &q.f_mul_scalar(2.0)?, true, false)?.0)
+        }
+    }
+
+    impl Trainable for Training {
+        fn name(&self) -> &'static str {
+            self.name
+        }
+
+        fn constants(&self) -> Vec<(&'static str, f64)> {
+            vec![(ALPHA, self.constraint)]
+        }
+
+        fn parameters(&self) -> Vec<Parameter> {
+            let rescale = self.rescale.iter().map(|s| Parameter::new(RESCALE, s, Init::Constant(1.0)));
+            let blocks = Parameter::new(BLOCKS, &self.blocks, Init::ZEROS);
+            std::iter::once(blocks).chain(rescale).map(Parameter::precise).collect()
+        }
+
+        fn needs_weight(&self) -> bool {
+            true
+        }
+
+        fn delta(&self, pass: &Pass) -> Result<Tensor> {
+            let blocks = &pass.parameters[0];
+            let weight = pass.base()?.f_to_kind(blocks.f_kind()?)?.f_flatten(1, -1)?;
+            let mut delta = (self.turn)(&self.turns(blocks)?, &weight)?;
+            if let Some(rescale) = pass.parameters.get(1) {
+                let stretch = rescale.f_reshape([-1, 1])?.f_sub_scalar(1.0)?;
+                delta = weight.f_add(&delta)?.f_mul(&stretch)?.f_add(&delta)?;
+            }
+            Ok(delta.f_reshape(pass.shape())?.f_to_kind(pass.compute)?)
+        }
+
+        fn backward(&self, pass: &Pass, x: &Tensor, grad_y: &Tensor, want_input: bool) -> Result<Gradients> {
+            through_delta(self, pass, x, grad_y, want_input)
+        }
+    }
+}

@@ -117,3 +117,295 @@ impl Algorithm for Tlora {
         tensors
     }
 }
+
+#[cfg(feature = "torch")]
+pub(super) use training::BEGIN;
+
+/// The same formula in training, as a LoRA of twice the rank: `[P - P0 | P0] [diag(lambda) Q ; diag(lambda) Q - diag(lambda0) Q0]`. The
+/// differences are taken in fp32 and are small, so that no near products are subtracted.
+#[cfg(feature = "torch")]
+mod training {
+    use super::{ALPHA, LAMBDA, P, Q};
+    use crate::algo::lora::training::Training as Lora;
+    use crate::algo::training::{Begin, Init, Layer, Parameter, Pass, Rule, Spectrum, Trainable};
+    use crate::error::{Error, Result};
+    use tch::{Kind, Tensor};
+
+    pub(in crate::algo) const BEGIN: Begin = Begin { names: &["tlora", "t-lora"], new };
+
+    /// What training began with.
+    const START: [&str; 3] = ["p_start", "q_start", "lambda_start"];
+
+    fn new(layer: &Layer, rule: &Rule, weight: Option<&Tensor>) -> Result<Box<dyn Trainable>> {
+        let (name, shape) = (&layer.name, &layer.weight);
+        if layer.large_kernel() {
+            let what = format!("`{name}`: T-LoRA has no form for a kernel larger than one point, {shape:?}");
+            return Err(Error::argument(
+                what,
+                "leave the layer out: algo none for its name in name_algo_map",
+            ));
+        }
+        let weight = weight.ok_or_else(|| {
+            let what = format!("`{name}`: T-LoRA begins with singular vectors of the layer's own weight");
+            Error::argument(what, "pass the weight when the layer is registered")
+        })?;
+        // A weight has no more singular values than that.
+        let rank = rule.dim.min(shape[0]).min(shape[1]);
+        let alpha = rule.alpha * rank as f64 / rule.dim as f64;
+        let point = &shape[2..];
+        let [p, q, lambda] = start(&weight.f_reshape([shape[0] as i64, -1])?, rank, rule.sig_type)?;
+        let start = [
+            ([&[shape[0], rank], point].concat(), 1, p),
+            ([&[rank, shape[1]], point].concat(), 0, q),
+            (vec![1, rank], 1, lambda),
+        ];
+        let lora = Lora::new(layer, &Rule { dim: rank, alpha, tucker: false, ..rule.clone() });
+        Ok(Box::new(Training { lora, alpha, rank, start }))
+    }
+
+    /// `rank` singular triples of a matrix, the larger values first: P, Q, lambda.
+    fn start(weight: &Tensor, rank: usize, part: Spectrum) -> Result<[Vec<f32>; 3]> {
+        let weight = weight.f_to_kind(Kind::Double)?;
+        let (rows, cols, rank) = (weight.size()[0], weight.size()[1], rank as i64);
+        // The eigenvectors of the smaller Gram matrix are the singular vectors of the shorter side. In f64 the square costs no digits that
+        // anybody has.
+        let long = if rows >= cols { weight } else { weight.f_transpose(0, 1)? };
+        let (_, vectors) = long.f_transpose(0, 1)?.f_matmul(&long)?.f_linalg_eigh("L")?;
+        // Eigenvalues come in rising order.
+        let count = rows.min(cols);
+        let first = match part {
+            Spectrum::Principal => count - rank,
+            Spectrum::Last => 0,
+            // As LyCORIS counts it, from the largest.
+            Spectrum::Middle => count - rank - (count - rank) / 2,
+        };
+        let short = vectors.f_narrow(1, first, rank)?.f_flip([1i64])?;
+        // Orthogonal already; this gives a direction to those of length 0 too.
+        let (long, lengths) = Tensor::f_linalg_qr(&long.f_matmul(&short)?, "reduced")?;
+        let lengths = lengths.f_diagonal(0, 0, 1)?;
+        let signs = lengths.f_lt(0.0)?.f_to_kind(Kind::Double)?.f_mul_scalar(-2.0)?.f_add_scalar(1.0)?;
+        let long = long.f_mul(&signs)?;
+        let (p, q) = if rows >= cols { (long, short) } else { (short, long) };
+        let values = |t: Tensor| -> Result<Vec<f32>> {
+            Ok(Vec::try_from(t.f_to_kind(Kind::Float)?.f_contiguous()?.f_flatten(0, -1)?)?)
+        };
+        Ok([values(p)?, values(q.f_transpose(0, 1)?)?, values(lengths.f_abs()?)?])
+    }
+
+    /// A T-LoRA module in training.
+    #[derive(Debug)]
+    struct Training {
+        lora: Lora,
+        alpha: f64,
+        rank: usize,
+        /// P, Q and lambda: shape, axis of the ranks, values to begin with.
+        start: [(Vec<usize>, usize, Vec<f32>); 3],
+    }
+
+    impl Training {
+        /// Down and up of a LoRA of twice the rank.
+        fn factors(&self, pass: &Pass) -> Result<[Tensor; 2]> {
+            let [p, q, lambda, p0, q0, lambda0] = pass.parameters else {
+                return Err(Error::Backend(format!("`{}`: T-LoRA has six tensors", pass.layer.name)));
+            };
+            let mut ranks = vec![1i64; q.dim()];
+            ranks[0] = q.size()[0];
+            let (mut now, mut then) =
+                (q.f_mul(&lambda.f_reshape(&ranks[..])?)?, q0.f_mul(&lambda0.f_reshape(&ranks[..])?)?);
+            if let Some(share) = pass.ranks {
+                let index = Tensor::f_arange(ranks[0], (Kind::Float, q.device()))?.f_reshape(&ranks[..])?;
+                // Half a rank more, so that a share of k / rank is k ranks however it was rounded.
+                let mask = index.f_add_scalar(0.5)?.f_lt_tensor(&share.f_mul_scalar(self.rank as f64)?)?;
+                (now, then) = (now.f_mul(&mask)?, then.f_mul(&mask)?);
+            }
+            // Singular vectors have two signs: those of a file that was loaded may be the other ones, on both sides.
+            let turned = p.f_mul(p0)?.f_sum_dim_intlist(&[0i64][..], true, None)?.f_lt(0.0)?;
+            let sign = turned.f_to_kind(p.f_kind()?)?.f_mul_scalar(-2.0)?.f_add_scalar(1.0)?;
+            let (p0, then) = (p0.f_mul(&sign)?, then.f_mul(&sign.f_transpose(0, 1)?)?);
+            let up = Tensor::f_cat(&[p.f_sub(&p0)?, p0], 1)?;
+            let down = Tensor::f_cat(&[now.shallow_clone(), now.f_sub(&then)?], 0)?;
+            Ok([down.f_to_kind(pass.compute)?, up.f_to_kind(pass.compute)?])
+        }
+    }
+
+    impl Trainable for Training {
+        fn name(&self) -> &'static str {
+            "T-LoRA"
+        }
+
+        fn rank(&self) -> Option<usize> {
+            Some(self.rank)
+        }
+
+        fn constants(&self) -> Vec<(&'static str, f64)> {
+            vec![(ALPHA, self.alpha)]
+        }
+
+        fn parameters(&self) -> Vec<Parameter> {
+            let parameter = |slot, (shape, axis, values): &(Vec<usize>, usize, Vec<f32>)| {
+                Parameter::new(slot, shape, Init::Values(values.clone())).ranked(*axis).precise()
+            };
+            let trained = [P, Q, LAMBDA].into_iter().zip(&self.start).map(|(slot, s)| parameter(slot, s));
+            let kept = START.into_iter().zip(&self.start);
+            let kept = kept.map(|(slot, s)| Parameter { frozen: true, saved: false, ..parameter(slot, s) });
+            trained.chain(kept).collect()
+        }
+
+        fn delta(&self, pass: &Pass) -> Result<Tensor> {
+            self.lora.delta(&Pass { parameters: &self.factors(pass)?, ..*pass })
+        }
+
+        fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
+            self.lora.forward(&Pass { parameters: &self.factors(pass)?, ..*pass }, x)
+        }
+
+        fn add_forward(&self, pass: &Pass, x: &Tensor, y: &Tensor) -> Result<()> {
+            self.lora.add_forward(&Pass { parameters: &self.factors(pass)?, ..*pass }, x, y)
+        }
+
+        fn accumulate(
+            &self,
+            pass: &Pass,
+            x: &Tensor,
+            grad_y: &Tensor,
+            want_input: bool,
+            into: &[Tensor],
+        ) -> Result<Option<Tensor>> {
+            self.lora.accumulate_through(&|| self.factors(pass), pass, (x, grad_y), want_input, into)
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+        use crate::algo::training::long;
+        use crate::algo::training_tests::{merged, rule, wave};
+        use crate::algo::Group;
+        use crate::merge::bypass::Geometry;
+        use crate::view::Tensor as Numbers;
+
+        fn layer(weight: &[usize]) -> Layer {
+            Layer::sliding("layer", weight, &Geometry::default(), false).unwrap()
+        }
+
+        /// A weight of full rank: sines alone have a rank of 3.
+        fn weight(shape: &[usize]) -> Tensor {
+            wave(&long(shape), 0.4).square().exp().sin()
+        }
+
+        #[test]
+        fn training_begins_with_singular_vectors() {
+            for shape in [[9, 7], [7, 9]] {
+                let weight = weight(&shape);
+                let (u, s, v) = weight.svd(true, true);
+                for (part, first) in [(Spectrum::Principal, 0), (Spectrum::Last, 4), (Spectrum::Middle, 2)] {
+                    let [p, q, lambda] = start(&weight, 3, part).unwrap();
+                    let near = |got: &Tensor, want: &Tensor| {
+                        let off = (got - want).norm().double_value(&[]);
+                        assert!(off <= 1e-6, "{part:?}: {off}");
+                    };
+                    let [p, q, lambda] = [p, q, lambda].map(|v| Tensor::from_slice(&v).to_kind(Kind::Double));
+                    let (p, q) = (p.reshape([-1, 3]), q.reshape([3, -1]));
+                    near(&lambda, &s.narrow(0, first, 3));
+                    let product = (&p * &lambda).matmul(&q);
+                    let (u, v) = (u.narrow(1, first, 3), v.narrow(1, first, 3));
+                    near(&product, &(u * &lambda).matmul(&v.transpose(0, 1)));
+                }
+            }
+        }
+
+        #[test]
+        fn vectors_of_a_weight_without_them_are_orthogonal() {
+            // A rank of 1 and no more.
+            let weight = wave(&[6, 1], 0.4).matmul(&wave(&[1, 5], 0.7));
+            let [p, q, lambda] = start(&weight, 4, Spectrum::Principal).unwrap();
+            assert!(lambda[1..].iter().all(|v| v.abs() < 1e-6), "{lambda:?}");
+            for (vectors, axis) in
+                [(Tensor::from_slice(&p).reshape([6, 4]), 0), (Tensor::from_slice(&q).reshape([4, 5]), 1)]
+            {
+                let gram = match axis {
+                    0 => vectors.transpose(0, 1).matmul(&vectors),
+                    _ => vectors.matmul(&vectors.transpose(0, 1)),
+                };
+                let off = (gram - Tensor::eye(4, (Kind::Float, tch::Device::Cpu))).abs().max();
+                assert!(off.double_value(&[]) < 1e-5);
+            }
+        }
+
+        #[test]
+        fn what_has_no_form_says_why() {
+            let error = new(&layer(&[8, 6, 3, 3]), &rule(), Some(&weight(&[8, 6, 3, 3]))).unwrap_err();
+            assert!(
+                error.to_string().contains("kernel") && error.hint().contains("name_algo_map"),
+                "{error:?}"
+            );
+            let error = new(&layer(&[8, 6]), &rule(), None).unwrap_err();
+            assert!(error.hint().contains("pass the weight"), "{error:?}");
+        }
+
+        /// More ranks than a weight has are not there, and the scale stays.
+        #[test]
+        fn a_rank_beyond_the_weight_is_cut() {
+            let (layer, rule) = (layer(&[8, 6]), Rule { dim: 12, alpha: 3.0, ..rule() });
+            let module = new(&layer, &rule, Some(&weight(&[8, 6]))).unwrap();
+            assert_eq!((module.rank(), module.constants()), (Some(6), vec![(ALPHA, 1.5)]));
+        }
+
+        /// A share of the ranks is what the file is when it is cut there; fresh vectors change nothing, whatever their signs.
+        #[test]
+        fn a_share_of_the_ranks_is_the_file_cut_there() {
+            let (layer, weight) = (layer(&[8, 6]), weight(&[8, 6]));
+            let module = new(&layer, &rule(), Some(&weight)).unwrap();
+            let parameters = module.parameters();
+            let values = |moved: f64, sign: f64| {
+                let value = |(at, parameter): (usize, &Parameter)| {
+                    let Init::Values(start) = &parameter.init else { panic!("{parameter:?}") };
+                    let start =
+                        Tensor::from_slice(start).to_kind(Kind::Double).reshape(long(&parameter.shape));
+                    match at {
+                        0 | 1 => (start + wave(&long(&parameter.shape), at as f64) * moved) * sign,
+                        2 => start + moved,
+                        _ => start,
+                    }
+                };
+                // The rank of 4 is stored as 8.
+                let stored = |(at, parameter): (usize, &Parameter)| {
+                    let room = Tensor::zeros(long(&parameter.stored), (Kind::Double, tch::Device::Cpu));
+                    let axis = [1, 0, 1][at % 3];
+                    room.narrow(axis, 0, 4).copy_(&value((at, parameter)));
+                    room
+                };
+                parameters.iter().enumerate().map(stored).collect::<Vec<_>>()
+            };
+            let delta = |parameters: &[Tensor], share: Option<f64>| {
+                let ranks = share.map(|share| Tensor::from(share as f32));
+                let pass = Pass {
+                    layer: &layer,
+                    parameters,
+                    weight: None,
+                    draw: None,
+                    ranks: ranks.as_ref(),
+                    compute: Kind::Double,
+                };
+                module.delta(&pass).unwrap()
+            };
+            assert_eq!(delta(&values(0.0, 1.0), None).abs().max().double_value(&[]), 0.0);
+            assert_eq!(delta(&values(0.0, -1.0), None).abs().max().double_value(&[]), 0.0);
+            let moved = values(0.2, -1.0);
+            let mut group = Group::default();
+            for ((parameter, value), axis) in parameters.iter().zip(&moved).zip([1, 0, 1]).take(3) {
+                let value = value.narrow(axis, 0, 4).to_kind(Kind::Float).contiguous().reshape([-1]);
+                let numbers = Numbers::of_f32(Vec::try_from(value).unwrap(), &parameter.shape);
+                group.tensors.push((parameter.slot, numbers));
+            }
+            group.tensors.push((ALPHA, Numbers::of_f32(vec![1.7], &[])));
+            let file = crate::algo::read("layer", group).unwrap();
+            for ranks in 1..=4 {
+                let cut = file.prefix("layer", ranks).unwrap().unwrap();
+                let want = merged(&cut.lower("layer", &layer.weight).unwrap(), &weight) - &weight;
+                let off = (delta(&moved, Some(ranks as f64 / 4.0)) - &want).norm() / want.norm();
+                assert!(off.double_value(&[]) <= 2e-6, "{ranks}: {off:?}");
+            }
+        }
+    }
+}

@@ -3,6 +3,7 @@
 use super::draw::Draw;
 use crate::error::{Error, Result};
 use crate::merge::bypass::Geometry;
+use std::cell::RefCell;
 use std::fmt::Debug;
 use tch::{Kind, Tensor};
 
@@ -316,6 +317,8 @@ pub struct Pass<'a> {
     pub weight: Option<&'a Tensor>,
     /// What is left out by chance; `None` outside of training, and where nothing is.
     pub draw: Option<&'a Draw>,
+    /// The share of the ranks that take part, the first ones, f32 on the device; `None`: all. Only T-LoRA looks at it.
+    pub ranks: Option<&'a Tensor>,
     /// What the layer computes in.
     pub compute: Kind,
 }
@@ -327,6 +330,11 @@ impl Pass<'_> {
             let what = format!("`{}`: this algorithm computes with the layer's own weight", self.layer.name);
             Error::argument(what, "pass the weight with every forward and backward")
         })
+    }
+
+    /// Whether chance leaves nothing out.
+    pub fn whole(&self) -> bool {
+        !self.draw.is_some_and(Draw::leaves_out)
     }
 
     /// The weight's shape.
@@ -482,6 +490,38 @@ pub fn differentiate(
         let parameters = parameters.iter().map(next).collect();
         Ok(Gradients { parameters, input })
     })
+}
+
+/// The gradients of a module that computes with its dW. On Linear layers those of dW and of x are one product each; differentiating
+/// `forward` would compute the output once more for nothing.
+pub fn through_delta(
+    module: &dyn Trainable,
+    pass: &Pass,
+    x: &Tensor,
+    grad_y: &Tensor,
+    want_input: bool,
+) -> Result<Gradients> {
+    if pass.layer.form != Form::Linear || !pass.whole() {
+        return differentiate(&|x| module.forward(pass, x), pass.parameters, x, grad_y, want_input);
+    }
+    let flat = |t: &Tensor, axis: usize| t.f_detach()?.f_reshape([-1, pass.layer.weight[axis] as i64]);
+    let (rows, grad) = (flat(x, 1)?, flat(grad_y, 0)?);
+    let grad_delta = grad.f_transpose(0, 1)?.f_matmul(&rows)?;
+    let input = RefCell::new(None);
+    let forward = |_: &Tensor| {
+        let delta = module.delta(pass)?;
+        if want_input {
+            *input.borrow_mut() = Some(grad.f_matmul(&delta.f_detach()?)?.f_reshape(x.size())?);
+        }
+        Ok(delta)
+    };
+    let found = differentiate(&forward, pass.parameters, x, &grad_delta, false)?;
+    Ok(Gradients { input: input.into_inner(), ..found })
+}
+
+/// A name of an algorithm without what its file does not tell: whether a LoRA is on a convolution, whether prefixes of it were trained.
+pub fn family(name: &str) -> String {
+    name.replace("LoCon", "LoRA").replace("DyLoRA", "LoRA")
 }
 
 /// libtorch counts in i64. No dimension of an existing tensor exceeds it.

@@ -47,7 +47,7 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-fn rule() -> Rule {
+pub(super) fn rule() -> Rule {
     Rule {
         dim: 4,
         alpha: 1.7,
@@ -73,7 +73,12 @@ fn rules(algorithm: &str) -> Vec<Rule> {
     match algorithm {
         "lora" | "loha" | "lokr" => {
             let tucker = Rule { tucker: true, dim: 1, ..plain.clone() };
-            rules.extend([tucker.clone(), Rule { dim: 2, ..tucker }]);
+            rules.extend([tucker.clone(), Rule { dim: 2, ..tucker.clone() }]);
+            rules.push(Rule { decompose: Some(true), ..plain.clone() });
+            rules.extend([
+                Rule { decompose: Some(false), ..plain.clone() },
+                Rule { decompose: Some(true), ..tucker },
+            ]);
         }
         "dylora" => rules.push(Rule { nested: true, ..plain.clone() }),
         "ia3" => rules.push(Rule { train_on_input: true, ..plain.clone() }),
@@ -108,14 +113,15 @@ fn subjects() -> Vec<Subject> {
     for begin in TRAINED {
         for rule in rules(begin.names[0]) {
             for case in cases() {
-                if case.layer.is_norm() != (begin.names[0] == "norm") {
+                let formless = begin.names[0] == "tlora" && case.layer.large_kernel();
+                if formless || case.layer.is_norm() != (begin.names[0] == "norm") {
                     continue;
                 }
                 let what = format!("{} on {}, {rule:?}", begin.names[0], case.layer.name);
                 let weight = wave(&long(&case.layer.weight), 0.4);
                 let start = weight.to_kind(Kind::Float);
-                let module =
-                    (begin.new)(&case.layer, &rule, Some(&start)).unwrap_or_else(|e| panic!("{what}: {e}"));
+                let module = super::begin(begin, &case.layer, &rule, Some(&start));
+                let module = module.unwrap_or_else(|e| panic!("{what}: {e}"));
                 let parameters = module.parameters();
                 all.push(Subject { what, case, module, parameters, weight });
             }
@@ -124,7 +130,7 @@ fn subjects() -> Vec<Subject> {
     all
 }
 
-fn wave(shape: &[i64], phase: f64) -> Torch {
+pub(super) fn wave(shape: &[i64], phase: f64) -> Torch {
     let n = shape.iter().product::<i64>();
     let values: Vec<f64> = (0..n).map(|i| (i as f64 * 1.37 + phase).sin() * 0.7 + 0.05).collect();
     Torch::from_slice(&values).reshape(shape)
@@ -167,7 +173,14 @@ impl Subject {
     }
 
     fn pass<'a>(&'a self, parameters: &'a [Torch], weight: &'a Torch, draw: Option<&'a Draw>) -> Pass<'a> {
-        Pass { layer: &self.case.layer, parameters, weight: Some(weight), draw, compute: weight.kind() }
+        Pass {
+            layer: &self.case.layer,
+            parameters,
+            weight: Some(weight),
+            draw,
+            ranks: None,
+            compute: weight.kind(),
+        }
     }
 
     /// What [`Trainable::accumulate`] adds to zero; `None` for parameters that are frozen.
@@ -293,8 +306,27 @@ fn gradients_in_fp32_are_within_a_millionth() {
             let flat = |t: &Torch| t.to_kind(Kind::Double).reshape([-1]);
             Torch::cat(&g.parameters.iter().flatten().chain(&g.input).map(flat).collect::<Vec<_>>(), 0)
         };
-        assert_close(&subject.what, &all(run(Kind::Float)), &all(run(Kind::Double)), 1e-6);
+        // The stages of BOFT round one behind the other, and so do lengths and what they divide.
+        let longer = ["BOFT", "DoRA"].iter().any(|name| subject.module.name().starts_with(name));
+        let tolerance = if longer { 4e-6 } else { 1e-6 };
+        assert_close(&subject.what, &all(run(Kind::Float)), &all(run(Kind::Double)), tolerance);
     }
+}
+
+/// W with the ops applied, by the CPU executor in fp32.
+pub(super) fn merged(ops: &[Op], base: &Torch) -> Torch {
+    let terms: Vec<Term> = ops.iter().map(|op| Term { op, strength: 1.0, slice: None }).collect();
+    let mut weight = Vec::<f32>::try_from(base.to_kind(Kind::Float).reshape([-1])).unwrap();
+    let mut merged = weight.clone();
+    let sizes: Vec<usize> = base.size().iter().map(|&d| d as usize).collect();
+    let view = |data: &mut Vec<f32>| {
+        let (data, device, dtype) = (data.as_mut_ptr().cast(), Device::Cpu, crate::dtype::Dtype::F32);
+        // SAFETY: the vectors hold as many elements as the shape and outlive the views.
+        unsafe { View::from_raw(data, device, dtype, &sizes, None) }.unwrap()
+    };
+    let (from, out) = (view(&mut weight), view(&mut merged));
+    cpu::merge("layer", &from, &out, &Storage::default(), &terms).unwrap();
+    Torch::from_slice(&merged).to_kind(Kind::Double).reshape(base.size())
 }
 
 /// The tensors in a file's form, read and merged: W + dW.
@@ -312,22 +344,8 @@ fn the_change_is_that_of_the_file() {
             group.tensors.push((slot, Tensor::of_f32(vec![value as f32], &[])));
         }
         let read = super::read(name, group).unwrap_or_else(|e| panic!("{}: {e}", subject.what));
-        assert_eq!(read.name().replace("LoCon", "LoRA"), subject.module.name().replace("LoCon", "LoRA"));
+        assert_eq!(family(read.name()), family(subject.module.name()));
         let ops = read.lower(name, &subject.case.layer.weight).unwrap();
-        let merged = |ops: &[Op], base: &Torch| {
-            let terms: Vec<Term> = ops.iter().map(|op| Term { op, strength: 1.0, slice: None }).collect();
-            let mut weight = Vec::<f32>::try_from(base.to_kind(Kind::Float).reshape([-1])).unwrap();
-            let mut merged = weight.clone();
-            let sizes: Vec<usize> = base.size().iter().map(|&d| d as usize).collect();
-            let view = |data: &mut Vec<f32>| {
-                let (data, device, dtype) = (data.as_mut_ptr().cast(), Device::Cpu, crate::dtype::Dtype::F32);
-                // SAFETY: the vectors hold as many elements as the shape and outlive the views.
-                unsafe { View::from_raw(data, device, dtype, &sizes, None) }.unwrap()
-            };
-            let (from, out) = (view(&mut weight), view(&mut merged));
-            cpu::merge(name, &from, &out, &Storage::default(), &terms).unwrap();
-            Torch::from_slice(&merged).to_kind(Kind::Double).reshape(base.size())
-        };
         let leaves = subject.leaves(Kind::Double);
         let pass = subject.pass(&leaves, &subject.weight, None);
         let delta = tch::no_grad(|| subject.module.delta(&pass)).unwrap();

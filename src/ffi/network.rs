@@ -340,6 +340,29 @@ pub unsafe extern "C" fn lycore_network_needs_weight(
     }
 }
 
+/// From here on T-LoRA computes with the first `share` of its ranks, above 0 and up to 1, in forward and backward: few for a noisy timestep,
+/// all at its end. Other algorithms do not look at it. The number lies on the device: a CUDA graph that was captured after the first call sees
+/// the later ones. After lycore_network_build.
+///
+/// # Safety
+/// `error` is NULL or may be written.
+#[no_mangle]
+pub unsafe extern "C" fn lycore_network_set_ranks(
+    network: *mut lycore_network,
+    share: f64,
+    stream: *mut c_void,
+    error: *mut *mut lycore_error,
+) -> lycore_status {
+    // SAFETY: the caller's promises.
+    unsafe {
+        boundary::run(error, || {
+            training! {
+                on_network(network, |n| in_scope(n.device, stream, |_| Ok(n.network.set_ranks(share)?)))
+            }
+        })
+    }
+}
+
 /// With `evaluating`, forward and backward leave nothing to chance (dropout, DyLoRA's choice of ranks) until they are told otherwise.
 ///
 /// # Safety

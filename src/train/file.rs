@@ -7,6 +7,7 @@ use super::params::to_host;
 use crate::adapter::safetensors::Writer;
 use crate::adapter::Adapter;
 use crate::adapter::KeyStatus;
+use crate::algo::training::family;
 use crate::dtype::{Dtype, Float};
 use crate::error::{Error, FileFault, Result};
 use crate::view::Tensor;
@@ -116,7 +117,6 @@ impl Network {
             };
             taken += 1;
             let (name, kind, ours) = (&source.name, source.algorithm.name(), module.algorithm.name());
-            let family = |name: &str| name.replace("LoCon", "LoRA");
             if family(kind) != family(ours) {
                 problems.push(format!("`{name}` is {kind}, this network trains {ours}"));
                 continue;

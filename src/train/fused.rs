@@ -369,7 +369,7 @@ mod tests {
         let optimizer = tch::no_grad(|| config.optimizer.build(&layout, params.master()).unwrap());
         let ema = config.ema_decay.map(|_| params.master().copy());
         let fused = Fused::new(config, &params, &*optimizer, ema.as_ref()).unwrap();
-        Some(Built { params, optimizer, ema, fused, device, draws: None })
+        Some(Built { params, optimizer, ema, fused, device, draws: None, ranks: None })
     }
 
     /// Gradient `t`: large ones that are clipped and small ones, with zeros where there is no parameter.
@@ -416,7 +416,7 @@ mod tests {
                 give(&mut plain, &gradient);
                 let want = plain.update(&config, t).unwrap();
                 if let Some(ema) = &mut plain.ema {
-                    tch::no_grad(|| ema.lerp_(plain.params.master(), 0.1));
+                    let _ = tch::no_grad(|| ema.lerp_(plain.params.master(), 0.1));
                 }
                 let got = step(&mut fused, &config, &gradient);
                 assert_eq!((got.step, got.updated, got.learning_rate), (t + 1, true, want.learning_rate));

@@ -205,7 +205,7 @@ mod tests {
         let facts = |name: &str, shape: &[usize], options: &str| {
             let mut network = Network::new(Config::parse(options).unwrap()).unwrap();
             network.add_module(name, shape, Geometry::default()).unwrap();
-            let all = network.metadata(&BTreeMap::new());
+            let all = network.metadata(&BTreeMap::new(), 0);
             ["ss_base_model_version", "ss_v2", "modelspec.architecture"]
                 .map(|key| all.get(key).cloned().unwrap_or_default())
         };
@@ -229,7 +229,7 @@ mod tests {
             Config::parse("metadata = {ss_session_id = '0', ss_steps = 'many', own = 'a'}").unwrap(),
         )
         .unwrap();
-        let all = network.metadata(&BTreeMap::from([("own".to_owned(), "b".to_owned())]));
+        let all = network.metadata(&BTreeMap::from([("own".to_owned(), "b".to_owned())]), 0);
         assert_eq!((&*all["own"], &*all["ss_steps"], &all[SESSION]), ("b", "many", &network.session.id));
     }
 

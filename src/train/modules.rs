@@ -4,7 +4,7 @@
 use super::config::{key, Key};
 use super::reader::{unknown_keys, Reader};
 use crate::algo::draw::Dropout;
-use crate::algo::training::{Begin, Layer, Rule, Spectrum};
+use crate::algo::training::{family, Begin, Layer, Rule, Spectrum};
 use crate::algo::TRAINED;
 use crate::merge::plan::glob;
 use serde_json::{json, Map, Value};
@@ -85,7 +85,10 @@ impl Chosen {
     /// The same with algorithm, rank and alpha of a file.
     pub(super) fn known(self, known: &Known) -> Self {
         let name = known.algorithm.to_lowercase();
-        let begin = TRAINED.iter().find(|begin| begin.names.contains(&name.as_str())).unwrap_or(self.begin);
+        // Those that write plain LoRAs stay what they are.
+        let plain = ["lora-fa", "dylora"].contains(&self.begin.names[0]) && family(known.algorithm) == "LoRA";
+        let named = TRAINED.iter().find(|begin| begin.names.contains(&name.as_str())).filter(|_| !plain);
+        let begin = named.unwrap_or(self.begin);
         let dim = known.rank.unwrap_or(self.rule.dim);
         let alpha = match known.alpha {
             // A missing or zero alpha means the rank.

@@ -9,6 +9,7 @@ use super::modules::Known;
 use super::optim::{Layout, Optimizer};
 use super::params::{Params, Plan};
 use super::schedule::Schedule;
+use crate::algo;
 use crate::algo::draw::{Draw, Dropout};
 use crate::algo::training::{Form, Layer, Parameter, Pass, Trainable};
 use crate::error::{Error, Result};
@@ -104,6 +105,8 @@ pub(super) struct Built {
     pub(super) device: Device,
     /// The number of the micro-step, i64, on the device: what random choices depend on. `None` where nothing is left to chance.
     pub(super) draws: Option<Tensor>,
+    /// See [`Network::set_ranks`].
+    pub(super) ranks: Option<Tensor>,
 }
 
 impl Network {
@@ -178,7 +181,7 @@ impl Network {
             chosen = chosen.known(known);
         }
         let weight = weight.map(|w| tch::no_grad(|| w.f_to_kind(Kind::Float))).transpose()?;
-        let algorithm = tch::no_grad(|| (chosen.begin.new)(&layer, &chosen.rule, weight.as_ref()))?;
+        let algorithm = tch::no_grad(|| algo::begin(chosen.begin, &layer, &chosen.rule, weight.as_ref()))?;
         let text_encoder = file_name.starts_with("lora_te");
         let (rate, plus) = self.config.rates.factors(text_encoder, self.config.schedule().base);
         let module = Module {
@@ -205,6 +208,25 @@ impl Network {
     /// Leaves nothing to chance in forward and backward from here on, or does so again.
     pub fn evaluate(&mut self, evaluating: bool) {
         self.evaluating = evaluating;
+    }
+
+    /// From here on T-LoRA computes with the first `share` of its ranks, above 0 and up to 1, in forward and backward. The number is on the
+    /// device: a CUDA graph that was captured after the first call sees the later ones.
+    pub fn set_ranks(&mut self, share: f64) -> Result<()> {
+        if !(share > 0.0 && share <= 1.0) {
+            return Err(Error::argument(
+                format!("a share of {share} of the ranks"),
+                "pass a number above 0, up to 1",
+            ));
+        }
+        let built = self.built_mut()?;
+        tch::no_grad(|| {
+            match &mut built.ranks {
+                Some(ranks) => drop(ranks.f_fill_(share)?),
+                empty => *empty = Some(Tensor::f_full([0i64; 0], share, (Kind::Float, built.device))?),
+            }
+            Ok(())
+        })
     }
 
     /// Number of modules.
@@ -264,7 +286,7 @@ impl Network {
             true => Some(Tensor::f_zeros([0i64; 0], (Kind::Int64, device))?),
         };
         params.settle()?;
-        self.built = Some(Built { params, optimizer, ema, fused, device, draws });
+        self.built = Some(Built { params, optimizer, ema, fused, device, draws, ranks: None });
         if let Some(path) = self.config.network_weights.clone() {
             let loaded = self.load_weights(Path::new(&path));
             // Start values of another kind are none.
@@ -539,7 +561,7 @@ impl Built {
         draw: Option<&'a Draw>,
     ) -> Result<Pass<'a>> {
         let (parameters, compute) = (self.params.leaves(m.range.clone()), self.params.compute());
-        Ok(Pass { layer: &m.layer, parameters, weight, draw, compute })
+        Ok(Pass { layer: &m.layer, parameters, weight, draw, ranks: self.ranks.as_ref(), compute })
     }
 
     /// The layer's own weight in the compute dtype, if the module needs it.

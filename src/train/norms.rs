@@ -22,7 +22,14 @@ impl Network {
 
 fn shrink(module: &Module, params: &Params, most: f64, updated: Option<&Tensor>) -> Result<()> {
     let parameters = params.exact(module.range.clone());
-    let pass = Pass { layer: &module.layer, parameters, weight: None, draw: None, compute: Kind::Float };
+    let pass = Pass {
+        layer: &module.layer,
+        parameters,
+        weight: None,
+        draw: None,
+        ranks: None,
+        compute: Kind::Float,
+    };
     let one = Tensor::f_ones([0i64; 0], (Kind::Double, params.master().device()))?;
     if module.algorithm.shrunk(&one)?.is_none() {
         return Ok(());
