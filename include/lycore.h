@@ -802,6 +802,17 @@ lycore_status lycore_network_needs_weight(const struct lycore_network *network,
                                           bool *needs,
                                           struct lycore_error **error);
 
+// From here on T-LoRA computes with the first `share` of its ranks, above 0 and up to 1, in forward and backward: few for a noisy timestep,
+// all at its end. Other algorithms do not look at it. The number lies on the device: a CUDA graph that was captured after the first call sees
+// the later ones. After lycore_network_build.
+//
+// # Safety
+// `error` is NULL or may be written.
+lycore_status lycore_network_set_ranks(struct lycore_network *network,
+                                       double share,
+                                       void *stream,
+                                       struct lycore_error **error);
+
 // With `evaluating`, forward and backward leave nothing to chance (dropout, DyLoRA's choice of ranks) until they are told otherwise.
 //
 // # Safety

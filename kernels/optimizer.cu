@@ -25,7 +25,7 @@ struct Clock {
   double rates[RATES];
 };
 
-// Neighbours with one learning rate. `kept` and later fields are of the optimizer in 8 bits: where the means lie, in 32 bits if `small`, and how
+// Neighbours with one learning rate, from and to multiples of 4. `kept` and later fields are of the optimizer in 8 bits: where the means lie, in 32 bits if `small`, and how
 // many blocks come before.
 struct Range {
   u64 start, end, kept;

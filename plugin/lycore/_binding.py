@@ -355,6 +355,8 @@ def declare(library: CDLL) -> None:
     ]
     library.lycore_network_needs_weight.restype = c_int32
     library.lycore_network_needs_weight.argtypes = [c_void_p, c_uint64, POINTER(c_bool), POINTER(c_void_p)]
+    library.lycore_network_set_ranks.restype = c_int32
+    library.lycore_network_set_ranks.argtypes = [c_void_p, c_double, c_void_p, POINTER(c_void_p)]
     library.lycore_network_evaluate.restype = c_int32
     library.lycore_network_evaluate.argtypes = [c_void_p, c_bool, POINTER(c_void_p)]
     library.lycore_network_build.restype = c_int32

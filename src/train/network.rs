@@ -394,7 +394,7 @@ impl Network {
                 let (fused, schedule) = self.fused()?;
                 fused.results(schedule)
             }
-            false => Ok(Step { skipped: std::mem::take(&mut self.skipped), ..self.last }),
+            false => Ok(Step { step: self.steps, skipped: std::mem::take(&mut self.skipped), ..self.last }),
         }
     }
 

@@ -1,7 +1,10 @@
 //! Optimizers, one file each. An optimizer sees one flat parameter and one flat gradient; modules do not exist here.
 //!
 //! None of them waits for the device: what an algorithm derives from sums over all parameters (the d of Prodigy and D-Adaptation, the norms
-//! of Adafactor) stays in tensors on the device, and what depends on the step alone is a number of the host.
+//! of Adafactor) stays in tensors on the device, and what depends on the step alone is a number of the host. (The sums of the schedule-free
+//! ones lie on the device for the kernels; without those, on a GPU, they are waited for.)
+//!
+//! The formula of an optimizer stands in its file. Those with an [`Optimizer::rule`] have the same once more in `kernels/optimizer.cu`.
 
 pub mod adafactor;
 pub mod adamw;
