@@ -268,7 +268,7 @@ class Network(Closable):
         self._call("lycore_network_refresh", None)
 
     def set_ranks(self, share: float) -> None:
-        """From here on T-LoRA computes with the first `share` of its ranks, above 0 and up to 1, in forward and backward.
+        """From here on T-LoRA computes with the first `share` of its ranks, in (0, 1], in forward and backward.
 
         The paper's for timestep t of T, between `least` and all of `rank` ranks:
         `(int(((T - t) / T) ** alpha * (rank - least)) + least) / rank`. A CUDA graph that was captured after the first

@@ -3,12 +3,15 @@
 #include <ATen/Context.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/Stream.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/library.h>
 
 #include <cstdint>
@@ -20,6 +23,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace {
 
@@ -100,6 +104,35 @@ void check(char* failure) {
   throw std::runtime_error(text);
 }
 
+// A product of two tensors that its own node in the graph keeps. A gated layer's output is one, and the largest of a transformer block: computed
+// again in backward, it need not be kept for the module that takes it as its input.
+struct Product : torch::CustomClassHolder {
+  explicit Product(std::shared_ptr<torch::autograd::Node> node) : node(std::move(node)) {}
+  std::shared_ptr<torch::autograd::Node> node;
+
+  // The node that made x, if x can be computed again from what the node keeps, to the same bits. Where somebody packs saved tensors away (a
+  // checkpoint does, and unpacks them once only) x is kept as it is.
+  static c10::intrusive_ptr<Product> of(const at::Tensor& x) {
+    if (!x.is_contiguous() || x.is_view() || at::SavedTensorDefaultHooks::get_hooks() || !x.grad_fn() || x.grad_fn()->name() != "MulBackward0") return {};
+    auto product = c10::make_intrusive<Product>(x.grad_fn());
+    auto [a, b] = product->factors();
+    bool whole = a.defined() && b.defined() && a.sizes() == x.sizes() && b.sizes() == x.sizes();
+    if (!whole || a.scalar_type() != x.scalar_type() || b.scalar_type() != x.scalar_type()) return {};
+    return product;
+  }
+
+  std::pair<at::Tensor, at::Tensor> factors() const {
+    auto* mul = static_cast<torch::autograd::generated::MulBackward0*>(node.get());
+    return {mul->self_.unpack(), mul->other_.unpack()};
+  }
+
+  at::Tensor again() const {
+    at::NoGradGuard no_grad;
+    auto [a, b] = factors();
+    return at::mul(a, b);
+  }
+};
+
 // `y = base + module(x)` in libtorch's graph. The anchor needs a gradient, so that backward runs also when neither x nor base does. `axes` are
 // the spatial axes of a convolution's input: without its batch it gets one. `fresh`: nobody else reads base, so that y may take its memory.
 class Module : public torch::autograd::Function<Module> {
@@ -113,6 +146,10 @@ class Module : public torch::autograd::Function<Module> {
     at::Tensor rows = single ? x.detach().unsqueeze(0) : x.detach(), out = single ? y.unsqueeze(0) : y;
     at::Tensor own = weight.value_or(at::Tensor());
     check(calls.forward(network, index, &rows, own.defined() ? &own : nullptr, &out));
+    if (auto product = Product::of(given)) {
+      ctx->saved_data["product"] = at::IValue::make_capsule(product);
+      x = at::Tensor();
+    }
     ctx->save_for_backward({x, own});
     ctx->saved_data["network"] = network;
     ctx->saved_data["index"] = index;
@@ -123,7 +160,9 @@ class Module : public torch::autograd::Function<Module> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& gradients) {
     if (at::GradMode::is_enabled()) throw std::runtime_error("LyCore: modules cannot be differentiated twice");
     torch::autograd::variable_list saved = ctx->get_saved_variables();
-    at::Tensor grad_y = gradients[0].contiguous(), x = saved[0].detach(), weight = saved[1], grad_x;
+    auto product = ctx->saved_data.find("product");
+    at::Tensor x = product == ctx->saved_data.end() ? saved[0].detach() : static_cast<Product&>(*product->second.toCapsule()).again();
+    at::Tensor grad_y = gradients[0].contiguous(), weight = saved[1], grad_x;
     at::Tensor rows = x, out = grad_y;
     bool single = ctx->saved_data["single"].toBool(), want_input = ctx->needs_input_grad(1);
     if (single) {

@@ -121,7 +121,12 @@ def with_lycore(host: Host, setting: Setting) -> Step:
     network = _network(setting)
     network.attach(host.unet, adapted)
     network.build()
-    return Step(host.loss, network.step, network.parameter_count, getattr(network, "capture", None))
+
+    def update() -> object:
+        # What a step did is told by waiting for it, which a graph cannot.
+        return network.step(wait=not (host.device == "cuda" and torch.cuda.is_current_stream_capturing()))
+
+    return Step(host.loss, update, network.parameter_count, network.capture)
 
 
 def _network(setting: Setting) -> Any:

@@ -6,11 +6,13 @@ import copy
 import gc
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import lycore
@@ -422,3 +424,47 @@ def test_written_parameters_take_effect(precision):
     network.refresh()
     # up @ down is 2 * 0.5 * 0.5 everywhere.
     assert off(layer(x) - base, 0.5 * x.sum(1, keepdim=True).expand(3, 8)) <= 0.02
+
+
+class Gated(nn.Module):
+    """The MLP of a transformer block; `kept` says what became of the product in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(8, 6)
+        self.kept: Callable[[], object] = lambda: None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden, gate = self.up(x).chunk(2, dim=-1)
+        product = hidden * functional.gelu(gate)
+        self.kept = weakref.ref(product)
+        return self.down(product)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_a_product_computed_again_gives_the_same_bits(checkpointed):
+    torch.manual_seed(3)
+    mlp = Gated().requires_grad_(False)
+    network = attached(mlp, noise=0.3)
+    x = noise(5, 6).requires_grad_()
+
+    def gradients(run: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        x.grad = None
+        network.zero_gradients()
+        run(x).square().sum().backward()
+        return [x.grad.clone(), network.gradients.clone()]
+
+    # Under such hooks it is kept.
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        want = gradients(mlp)
+    got = gradients(lambda x: checkpoint(mlp, x, use_reentrant=False) if checkpointed else mlp(x))
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_product_is_not_kept_for_a_module():
+    mlp = Gated().requires_grad_(False)
+    attached(mlp)
+    y = mlp(noise(5, 6).requires_grad_())
+    assert mlp.kept() is None
+    y.sum().backward()
