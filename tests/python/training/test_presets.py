@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 
 import pytest
+from safetensors.torch import load_file
 from torch import nn
 
 import lycore
-from lycore.presets import PRESETS
+from lycore.presets import IA3, PRESETS
 
 U_NET = {
     "block_out_channels": (32, 64),
@@ -60,7 +61,7 @@ def models() -> dict[str, nn.Module]:
     }
 
 
-def lycoris_layers(model: nn.Module, preset: dict, half: str) -> set[str]:
+def lycoris_layers(model: nn.Module, preset: dict, half: str, norms: bool) -> set[str]:
     """What LyCORIS puts modules on, as names in its file. `half` is "unet" or "text_encoder".
 
     Its `create_lycoris` reads only a part of the built-in presets, so they are given as what `apply_preset` reads; it
@@ -72,7 +73,7 @@ def lycoris_layers(model: nn.Module, preset: dict, half: str) -> set[str]:
     logging.disable(logging.WARNING)
     try:
         network.apply_preset({"name_algo_map": {}, **preset, **chosen})
-        made = network(model).loras
+        made = network(model, train_norm=norms).loras
     finally:
         logging.disable(logging.NOTSET)
         network.apply_preset(before)
@@ -91,18 +92,19 @@ def our_layers(model: nn.Module, preset: str, **config: object) -> set[str]:
         network.close()
 
 
+@pytest.mark.parametrize("norms", [False, True], ids=["", "train_norm"])
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "clip"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_layers_are_those_of_lycoris(models, preset, name):
+def test_the_layers_are_those_of_lycoris(models, preset, name, norms):
     config = pytest.importorskip("lycoris.config", reason="needs lycoris")
     assert set(PRESETS) == set(config.PRESET)
     half = "text_encoder" if name == "clip" else "unet"
     words = config.PRESET[preset]
     if f"{half}_target_module" in MEANT.get(preset, {}) or f"{half}_target_name" in MEANT.get(preset, {}):
-        assert lycoris_layers(models[name], words, half) == set(), "LyCORIS has mended its preset"
+        assert lycoris_layers(models[name], words, half, norms) == set(), "LyCORIS has mended its preset"
         words = words | MEANT[preset]
-    expected = lycoris_layers(models[name], words, half)
-    assert our_layers(models[name], preset) == expected
+    expected = lycoris_layers(models[name], words, half, norms)
+    assert our_layers(models[name], preset, train_norm=norms) == expected
     # No two empty sets, but where the preset leaves text encoders out.
     assert bool(expected) == (name != "clip" or not preset.startswith("unet-"))
 
@@ -112,6 +114,18 @@ def test_the_config_says_what_each_layer_of_a_preset_gets(models):
     every = our_layers(models["sdxl"], "attn-only")
     half = our_layers(models["sdxl"], "attn-only", name_algo_map={"*attn2*": {"algo": "none"}})
     assert half == {name for name in every if "attn2" not in name} and 0 < len(half) < len(every)
+
+
+def test_ia3_goes_with_a_config_of_its_own(models, tmp_path):
+    network = lycore.Network(IA3)
+    network.attach(models["sd15"], preset="ia3")
+    network.build()
+    network.save(tmp_path / "ia3.safetensors")
+    saved = load_file(tmp_path / "ia3.safetensors")
+    on_input = {key.split(".")[0]: bool(value) for key, value in saved.items() if key.endswith("on_input")}
+    network.close()
+    assert {name.endswith("ff_net_2") for name, inputs in on_input.items() if inputs} == {True}
+    assert {name[-4:] for name, inputs in on_input.items() if not inputs} == {"to_k", "to_v"}
 
 
 def block(name: str, **layers: nn.Module) -> nn.Module:
