@@ -137,7 +137,7 @@ void train(const std::string &folder, const torch::Device &device) {
 
     // The file is one that every program reads which reads LoRA; with the state this run could go on, bit for bit.
     const std::string file = folder + "/example.safetensors";
-    call(lycore_network_save, adapters.get(), file.c_str(), "fp16", nullptr);
+    call(lycore_network_save, adapters.get(), file.c_str(), LYCORE_BUFFER_PARAMETERS, "fp16", nullptr);
     call(lycore_network_save_state, adapters.get(), (folder + "/example.state").c_str());
     lycore_adapter *saved = nullptr;
     call(lycore_adapter_open, file.c_str(), &saved);

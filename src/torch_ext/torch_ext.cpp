@@ -225,8 +225,8 @@ char* lycore_ext_multiply(const at::Tensor* a, bool turn_a, const at::Tensor* b,
 char* lycore_ext_register(const char* name, Calls given) {
   try {
     calls = given;
-    // Never freed: operators live as long as the process.
-    auto* library = new torch::Library(torch::Library::DEF, name, std::nullopt, __FILE__, __LINE__);
+    // Never freed: operators live as long as the process. Static, so that leak checkers see that it is held.
+    static auto* const library = new torch::Library(torch::Library::DEF, name, std::nullopt, __FILE__, __LINE__);
     library->def(
         "module(Tensor anchor, Tensor x, Tensor base, Tensor? weight, int network, int index, int axes, bool fresh) -> Tensor",
         torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(module)));

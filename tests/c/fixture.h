@@ -42,6 +42,19 @@ static inline void fixture_fill(float *values, int64_t count) {
     for (int64_t i = 0; i < count; i++) values[i] = fixture_number();
 }
 
+// Puts a module on a layer of this weight: a Linear layer, or a convolution.
+static inline lycore_status add_layer(lycore_network *network, const char *name, const int64_t *shape, uint64_t ndim, const lycore_geometry *geometry,
+                                      uint64_t *index, lycore_error **error) {
+    lycore_layer given;
+    memset(&given, 0, sizeof given);
+    given.struct_size = sizeof given;
+    given.form = LYCORE_LAYER_SLIDING;
+    given.shape = shape;
+    given.ndim = ndim;
+    given.geometry = geometry;
+    return lycore_network_add_layer(network, name, &given, index, error);
+}
+
 static inline int64_t fixture_columns(const layer *l) { return l->shape[1] * l->shape[2] * l->shape[3]; }
 
 // Fills the factors; once, before anything else.

@@ -568,7 +568,7 @@ static void forward(lycore_network *network, uint64_t module, float *y) {
             y[n * OUT + o] = sum;
         }
     }
-    CHECK_OK(lycore_network_forward(network, module, &x_tensor, &y_tensor, NULL, &error));
+    CHECK_OK(lycore_network_forward(network, module, &x_tensor, NULL, &y_tensor, NULL, &error));
 }
 
 // Mean squared error, and its gradient by y.
@@ -590,7 +590,7 @@ static double train_step(lycore_network *network, uint64_t module, uint64_t numb
     int64_t x_shape[2] = {BATCH, IN}, y_shape[2] = {BATCH, OUT};
     const lycore_tensor x_tensor = matrix(x, x_shape), grad_tensor = matrix(grad_y, y_shape);
     // The first layer of a model has nobody to pass a gradient on to.
-    CHECK_OK(lycore_network_backward(network, module, &x_tensor, &grad_tensor, NULL, NULL, &error));
+    CHECK_OK(lycore_network_backward(network, module, &x_tensor, NULL, &grad_tensor, NULL, NULL, &error));
     lycore_step step = {.struct_size = sizeof step};
     CHECK_OK(lycore_network_step(network, NULL, &step, &error));
     CHECK_EQUAL(step.step, number);
@@ -606,7 +606,7 @@ static lycore_network *new_network(uint64_t *module) {
     CHECK_OK(lycore_network_new("{\"network_dim\": 4, \"network_alpha\": 2, \"learning_rate\": 0.05, \"max_grad_norm\": 0,"
                                 " \"optimizer_args\": {\"weight_decay\": 0}, \"seed\": 7}",
                                 &network, &error));
-    CHECK_OK(lycore_network_add_module(network, layer_name, shape, 2, NULL, module, &error));
+    CHECK_OK(add_layer(network, layer_name, shape, 2, NULL, module, &error));
     CHECK_OK(lycore_network_build(network, cpu, &error));
     return network;
 }
@@ -652,7 +652,7 @@ static void merged_equals_trained(lycore_network *network, uint64_t module, lyco
     float before[BATCH * IN];
     memcpy(before, grad_x, sizeof before);
     const lycore_tensor x_tensor = matrix(x, x_shape), grad_y_tensor = matrix(grad_y, y_shape), grad_x_tensor = matrix(grad_x, x_shape);
-    CHECK_OK(lycore_network_backward(network, module, &x_tensor, &grad_y_tensor, &grad_x_tensor, NULL, &error));
+    CHECK_OK(lycore_network_backward(network, module, &x_tensor, NULL, &grad_y_tensor, &grad_x_tensor, NULL, &error));
     for (int n = 0; n < BATCH; n++) {
         for (int i = 0; i < IN; i++) {
             double added = 0.0;
@@ -679,7 +679,7 @@ static void checkpoints(void) {
     const int64_t shape[2] = {OUT, IN};
     const lycore_device cpu = {LYCORE_DEVICE_CPU, 0};
     CHECK_OK(lycore_network_new(config, &network, &error));
-    CHECK_OK(lycore_network_add_module(network, layer_name, shape, 2, NULL, &module, &error));
+    CHECK_OK(add_layer(network, layer_name, shape, 2, NULL, &module, &error));
     CHECK_OK(lycore_network_build(network, cpu, &error));
     for (int i = 1; i <= 3; i++) {
         char *report = NULL;

@@ -423,7 +423,7 @@ void train(const fs::path &folder) {
     CHECK_EQUAL(status, LYCORE_OK);
     const int64_t shape[] = {3, 5};
     uint64_t module = 0;
-    lycore::call(lycore_network_add_module, network.get(), "blocks.0.proj", shape, uint64_t{2}, nullptr, &module);
+    lycore::call(add_layer, network.get(), "blocks.0.proj", shape, uint64_t{2}, nullptr, &module);
     lycore::call(lycore_network_build, network.get(), lycore_device{LYCORE_DEVICE_CPU, 0});
 
     std::vector<float> x = numbers(8 * 5), teacher = numbers(3 * 5), y(8 * 3), grad(8 * 3);
@@ -432,7 +432,7 @@ void train(const fs::path &folder) {
     for (int step = 0; step < 50; step++) {
         // This model's base is zero: the adapter learns all of the teacher.
         y.assign(y.size(), 0.0f);
-        lycore::call(lycore_network_forward, network.get(), module, x_tensor.get(), y_tensor.get(), nullptr);
+        lycore::call(lycore_network_forward, network.get(), module, x_tensor.get(), nullptr, y_tensor.get(), nullptr);
         last = 0;
         for (size_t n = 0; n < 8; n++) {
             for (size_t o = 0; o < 3; o++) {
@@ -444,7 +444,7 @@ void train(const fs::path &folder) {
             }
         }
         if (step == 0) first = last;
-        lycore::call(lycore_network_backward, network.get(), module, x_tensor.get(), grad_tensor.get(), nullptr, nullptr);
+        lycore::call(lycore_network_backward, network.get(), module, x_tensor.get(), nullptr, grad_tensor.get(), nullptr, nullptr);
         lycore::call(lycore_network_step, network.get(), nullptr, nullptr);
     }
     CHECK(last < first / 10);

@@ -38,10 +38,16 @@ static void stack_calls(lycore_stack *handle, lycore_status want) {
 
 static void network_calls(lycore_network *handle, lycore_status want) {
     const lycore_device cpu = {LYCORE_DEVICE_CPU, 0};
-    FAILS_NETWORK(want, lycore_network_add_module(handle, "new", weight_shape, 2, NULL, &out.number, e));
+    const lycore_layer layer = {.struct_size = sizeof layer, .form = LYCORE_LAYER_SLIDING, .shape = weight_shape, .ndim = 2};
+    bool needs = true;
+    FAILS_NETWORK(want, lycore_network_config(handle, &out.text, e));
+    FAILS_NETWORK(want, lycore_network_add_layer(handle, "new", &layer, &out.number, e));
+    FAILS_NETWORK(want, lycore_network_needs_weight(handle, 0, &needs, e));
+    CHECK(needs);
+    FAILS_NETWORK(want, lycore_network_evaluate(handle, true, e));
     FAILS_NETWORK(want, lycore_network_build(handle, cpu, e));
-    FAILS_NETWORK(want, lycore_network_forward(handle, 0, &x, &y, NULL, e));
-    FAILS_NETWORK(want, lycore_network_backward(handle, 0, &x, &y, NULL, NULL, e));
+    FAILS_NETWORK(want, lycore_network_forward(handle, 0, &x, NULL, &y, NULL, e));
+    FAILS_NETWORK(want, lycore_network_backward(handle, 0, &x, NULL, &y, NULL, NULL, e));
     FAILS_NETWORK(want, lycore_network_step(handle, NULL, &out.step, e));
     FAILS_NETWORK(want, lycore_network_results(handle, &out.step, e));
     FAILS_NETWORK(want, lycore_network_hold(handle, true, NULL, e));
@@ -259,16 +265,20 @@ static void pointers(void) {
     FAILS_NETWORK(null, lycore_network_new("{}", NULL, e));
     FAILS(bad, lycore_network_new(not_utf8, &out.network, e));
     FAILS_NETWORK(null, lycore_network_schema(NULL, e));
+    FAILS_NETWORK(null, lycore_network_operator(NULL, e));
+    FAILS_NETWORK(null, lycore_network_config(network, NULL, e));
+    FAILS_NETWORK(null, lycore_network_needs_weight(network, 0, NULL, e));
+    FAILS_NETWORK(null, lycore_network_add_layer(network, "new", NULL, &out.number, e));
     FAILS_NETWORK(null, lycore_network_adapter(network, NULL, NULL, e));
-    FAILS_NETWORK(null, lycore_network_add_module(network, NULL, weight_shape, 2, NULL, &out.number, e));
-    FAILS_NETWORK(null, lycore_network_add_module(network, "new", NULL, 2, NULL, &out.number, e));
-    FAILS_NETWORK(null, lycore_network_add_module(network, "new", weight_shape, 2, NULL, NULL, e));
-    FAILS_NETWORK(bad, lycore_network_add_module(network, not_utf8, weight_shape, 2, NULL, &out.number, e));
-    FAILS_NETWORK(bad, lycore_network_add_module(network, "new", weight_shape, UINT64_MAX, NULL, &out.number, e));
-    FAILS_NETWORK(null, lycore_network_forward(network, 0, NULL, &y, NULL, e));
-    FAILS_NETWORK(null, lycore_network_forward(network, 0, &x, NULL, NULL, e));
-    FAILS_NETWORK(null, lycore_network_backward(network, 0, NULL, &y, NULL, NULL, e));
-    FAILS_NETWORK(null, lycore_network_backward(network, 0, &x, NULL, NULL, NULL, e));
+    FAILS_NETWORK(null, add_layer(network, NULL, weight_shape, 2, NULL, &out.number, e));
+    FAILS_NETWORK(null, add_layer(network, "new", NULL, 2, NULL, &out.number, e));
+    FAILS_NETWORK(null, add_layer(network, "new", weight_shape, 2, NULL, NULL, e));
+    FAILS_NETWORK(bad, add_layer(network, not_utf8, weight_shape, 2, NULL, &out.number, e));
+    FAILS_NETWORK(bad, add_layer(network, "new", weight_shape, UINT64_MAX, NULL, &out.number, e));
+    FAILS_NETWORK(null, lycore_network_forward(network, 0, NULL, NULL, &y, NULL, e));
+    FAILS_NETWORK(null, lycore_network_forward(network, 0, &x, NULL, NULL, NULL, e));
+    FAILS_NETWORK(null, lycore_network_backward(network, 0, NULL, NULL, &y, NULL, NULL, e));
+    FAILS_NETWORK(null, lycore_network_backward(network, 0, &x, NULL, NULL, NULL, NULL, e));
     FAILS_NETWORK(null, lycore_network_results(network, NULL, e));
     FAILS_NETWORK(null, lycore_network_buffer(network, LYCORE_BUFFER_PARAMETERS, NULL, e));
     uint64_t steps = 7;
@@ -300,13 +310,14 @@ static void struct_sizes(void) {
     lycore_strengths strengths = {.struct_size = 0, .unet = 1.0, .text_encoder = 1.0};
     lycore_progress progress = {.struct_size = 0, .callback = go_on};
     lycore_geometry geometry = {.struct_size = 0, .axes = 2};
+    lycore_layer layer = {.struct_size = 0, .form = LYCORE_LAYER_SLIDING, .shape = weight_shape, .ndim = 2};
     for (int i = 0; i < 4; i++) {
         // 0, a size that is too small, too large, and nonsense.
         const uint64_t off = i == 0 ? 0 : i == 1 ? (uint64_t)-8 : i == 2 ? 8 : UINT64_MAX / 2;
 #define WRONG(thing) ((thing).struct_size = i == 0 ? 0 : (uint64_t)sizeof(thing) + off)
         WRONG(out.module), WRONG(out.applied), WRONG(out.step);
         memcpy(&out_before, &out, sizeof out);
-        WRONG(strengths), WRONG(progress), WRONG(geometry), WRONG(patch);
+        WRONG(strengths), WRONG(progress), WRONG(geometry), WRONG(patch), WRONG(layer);
         FAILS(bad, lycore_adapter_module(adapter, 0, &out.module, e));
         FAILS(bad, lycore_stack_apply(stack, NULL, NULL, &out.applied, e));
         FAILS(bad, lycore_stack_apply(stack, NULL, &progress, NULL, e));
@@ -316,7 +327,8 @@ static void struct_sizes(void) {
         FAILS(bad, lycore_weight_merge(target, &weight, &patch, 1, NULL, e));
         FAILS(bad, lycore_checkpoint_merge(base_path, list, &strengths, 1, output_path, NULL, NULL, NULL, e));
         FAILS(bad, lycore_checkpoint_merge(base_path, list, NULL, 1, output_path, NULL, &progress, NULL, e));
-        FAILS_NETWORK(bad, lycore_network_add_module(network, "new", conv_shape, 4, &geometry, &out.number, e));
+        FAILS_NETWORK(bad, add_layer(network, "new", conv_shape, 4, &geometry, &out.number, e));
+        FAILS_NETWORK(bad, lycore_network_add_layer(network, "new", &layer, &out.number, e));
         FAILS_NETWORK(bad, lycore_network_step(network, NULL, &out.step, e));
         FAILS_NETWORK(bad, lycore_network_results(network, &out.step, e));
         UNTOUCHED();
@@ -328,7 +340,7 @@ static void struct_sizes(void) {
 // ---- Tensors that lie --------------------------------------------------------------------------------------------------------------------
 
 // Calls that take a tensor, each once per argument.
-enum { TARGET, FORWARD_X, FORWARD_Y, MERGED, PATCH, NET_X, NET_Y, BACK_X, BACK_Y, BACK_GRAD_X, PLACES };
+enum { TARGET, FORWARD_X, FORWARD_Y, MERGED, PATCH, NET_X, NET_WEIGHT, NET_Y, BACK_X, BACK_WEIGHT, BACK_Y, BACK_GRAD_X, LAYER_WEIGHT, PLACES };
 
 // A stack that still takes weights; `stack` has an adapter on it and takes none.
 static lycore_stack *bare;
@@ -337,17 +349,21 @@ static lycore_status pass(int place, const lycore_tensor *given) {
     const char *const target = layers[PROJ].target;
     lycore_tensor list[3] = {*given, factors[1], factors[2]};
     const lycore_patch patch = patch_of(slots, list, 3), good = patch_of(slots, factors, 3);
+    const lycore_layer layer = {.struct_size = sizeof layer, .form = LYCORE_LAYER_SLIDING, .shape = weight_shape, .ndim = 2, .weight = given};
     switch (place) {
     case TARGET: return lycore_stack_add_target(bare, "new", given, e);
     case FORWARD_X: return lycore_stack_forward(stack, target, NULL, given, &y, NULL, e);
     case FORWARD_Y: return lycore_stack_forward(stack, target, NULL, &x, given, NULL, e);
     case MERGED: return lycore_weight_merge(target, given, &good, 1, NULL, e);
     case PATCH: return lycore_weight_merge(target, &weight, &patch, 1, NULL, e);
-    case NET_X: return lycore_network_forward(network, 0, given, &y, NULL, e);
-    case NET_Y: return lycore_network_forward(network, 0, &x, given, NULL, e);
-    case BACK_X: return lycore_network_backward(network, 0, given, &y, NULL, NULL, e);
-    case BACK_Y: return lycore_network_backward(network, 0, &x, given, NULL, NULL, e);
-    default: return lycore_network_backward(network, 0, &x, &y, given, NULL, e);
+    case NET_X: return lycore_network_forward(network, 0, given, NULL, &y, NULL, e);
+    case NET_WEIGHT: return lycore_network_forward(network, 0, &x, given, &y, NULL, e);
+    case NET_Y: return lycore_network_forward(network, 0, &x, NULL, given, NULL, e);
+    case BACK_X: return lycore_network_backward(network, 0, given, NULL, &y, NULL, NULL, e);
+    case BACK_WEIGHT: return lycore_network_backward(network, 0, &x, given, &y, NULL, NULL, e);
+    case BACK_Y: return lycore_network_backward(network, 0, &x, NULL, given, NULL, NULL, e);
+    case BACK_GRAD_X: return lycore_network_backward(network, 0, &x, NULL, &y, given, NULL, e);
+    default: return lycore_network_add_layer(network, "new", &layer, &out.number, e);
     }
 }
 
@@ -386,14 +402,20 @@ static lycore_status spoil(int fault, lycore_tensor *t) {
     }
 }
 
+static const lycore_tensor *good_at(int place) {
+    switch (place) {
+    case TARGET: case MERGED: case NET_WEIGHT: case BACK_WEIGHT: case LAYER_WEIGHT: return &weight;
+    case PATCH: return &factors[0];
+    case FORWARD_Y: case NET_Y: case BACK_Y: return &y;
+    default: return &x;
+    }
+}
+
 static void tensors_that_lie(void) {
     lycore_status want = LYCORE_OK;
     WORKS(lycore_stack_new(LYCORE_BACKUP_HOST, &bare, e));
     for (int place = 0; place < PLACES; place++) {
-        const lycore_tensor *const good = place == TARGET || place == MERGED        ? &weight
-            : place == PATCH                                                        ? &factors[0]
-            : place == FORWARD_Y || place == NET_Y || place == BACK_Y ? &y
-                                                                                    : &x;
+        const lycore_tensor *const good = good_at(place);
         for (int fault = 0;; fault++) {
             lycore_tensor spoilt = *good;
             if ((want = spoil(fault, &spoilt)) == LYCORE_OK) break;
@@ -414,8 +436,7 @@ static void tensors_that_lie(void) {
     if (!gpu) {
         // A tensor on a device that is not there. Its address would be followed if it were, so not with a GPU.
         for (int place = FORWARD_X; place < PLACES; place++) {
-            lycore_tensor far = place == MERGED ? weight : place == PATCH ? factors[0]
-                : place == FORWARD_Y || place == NET_Y || place == BACK_Y ? y : x;
+            lycore_tensor far = *good_at(place);
             const int before = check_failures;
             far.device.device_type = LYCORE_DEVICE_CUDA;
             if (place >= NET_X) {

@@ -135,7 +135,7 @@ static inline lycore_network *new_network(bool with_module, bool built) {
     uint64_t index;
     const lycore_device cpu = {LYCORE_DEVICE_CPU, 0};
     WORKS(lycore_network_new("{\"network_dim\": 2}", &made, e));
-    if (with_module) WORKS(lycore_network_add_module(made, "blocks.0.proj", weight_shape, 2, NULL, &index, e));
+    if (with_module) WORKS(add_layer(made, "blocks.0.proj", weight_shape, 2, NULL, &index, e));
     if (built) WORKS(lycore_network_build(made, cpu, e));
     return made;
 }

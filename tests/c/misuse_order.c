@@ -444,33 +444,60 @@ static void networks(void) {
     FAILS(train, lycore_network_build(n, cpu, e));  // no modules
     int64_t sizes[17] = {8, 6, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3};
     const int64_t lies[][2] = {{-8, 6}, {8, INT64_MIN}, {0, 6}, {8, 0}, {INT64_C(1) << 62, INT64_C(1) << 62}};
-    FAILS(bad, lycore_network_add_module(n, "", weight_shape, 2, NULL, &out.number, e));
-    FAILS(bad, lycore_network_add_module(n, "a", NULL, 0, NULL, &out.number, e));
-    FAILS(bad, lycore_network_add_module(n, "a", weight_shape, 1, NULL, &out.number, e));
-    FAILS(bad, lycore_network_add_module(n, "a", sizes, 17, NULL, &out.number, e));
-    for (int i = 0; i < 4; i++) FAILS(bad, lycore_network_add_module(n, "a", lies[i], 2, NULL, &out.number, e));
+    FAILS(bad, add_layer(n, "", weight_shape, 2, NULL, &out.number, e));
+    FAILS(bad, add_layer(n, "a", NULL, 0, NULL, &out.number, e));
+    FAILS(bad, add_layer(n, "a", weight_shape, 1, NULL, &out.number, e));
+    FAILS(bad, add_layer(n, "a", sizes, 17, NULL, &out.number, e));
+    for (int i = 0; i < 4; i++) FAILS(bad, add_layer(n, "a", lies[i], 2, NULL, &out.number, e));
     int64_t values[2] = {1, 0};
     lycore_geometry g = {.struct_size = sizeof g, .axes = 2, .stride = values};
-    FAILS(bad, lycore_network_add_module(n, "a", conv_shape, 4, &g, &out.number, e));
+    FAILS(bad, add_layer(n, "a", conv_shape, 4, &g, &out.number, e));
     values[1] = -1;
-    FAILS(bad, lycore_network_add_module(n, "a", conv_shape, 4, &g, &out.number, e));
+    FAILS(bad, add_layer(n, "a", conv_shape, 4, &g, &out.number, e));
     values[1] = 1;
     g.groups = 3;
-    FAILS(bad, lycore_network_add_module(n, "a", conv_shape, 4, &g, &out.number, e));
+    FAILS(bad, add_layer(n, "a", conv_shape, 4, &g, &out.number, e));
     g.groups = 1;
     g.axes = UINT64_MAX;
-    FAILS(bad, lycore_network_add_module(n, "a", conv_shape, 4, &g, &out.number, e));
+    FAILS(bad, add_layer(n, "a", conv_shape, 4, &g, &out.number, e));
+    // Norms: a form that there is not, no weight, an eps and groups that no norm has.
+    lycore_layer norm = {.struct_size = sizeof norm, .form = 4, .shape = sizes, .ndim = 1, .groups = 2, .eps = 1e-5};
+    FAILS(bad, lycore_network_add_layer(n, "norm", &norm, &out.number, e));
+    norm.form = -1;
+    FAILS(bad, lycore_network_add_layer(n, "norm", &norm, &out.number, e));
+    norm.form = LYCORE_LAYER_LAYER_NORM, norm.ndim = 0;
+    FAILS(bad, lycore_network_add_layer(n, "norm", &norm, &out.number, e));
+    norm.ndim = 1, norm.eps = NAN;
+    FAILS(bad, lycore_network_add_layer(n, "norm", &norm, &out.number, e));
+    norm.form = LYCORE_LAYER_GROUP_NORM, norm.eps = 1e-5, norm.groups = 3;
+    FAILS(bad, lycore_network_add_layer(n, "norm", &norm, &out.number, e));
+    norm.groups = 0;
+    FAILS(bad, lycore_network_add_layer(n, "norm", &norm, &out.number, e));
+    norm.groups = 2, norm.ndim = 2;
+    FAILS(bad, lycore_network_add_layer(n, "norm", &norm, &out.number, e));
+    // A good one is left out, since the config does not train norms.
+    uint64_t none = 7;
+    norm.ndim = 1;
+    WORKS(lycore_network_add_layer(n, "norm", &norm, &none, e));
+    CHECK_EQUAL(none, LYCORE_NO_MODULE);
+    bool needs = true;
+    FAILS(bad, lycore_network_needs_weight(n, 0, &needs, e));
+    FAILS(bad, lycore_network_needs_weight(n, LYCORE_NO_MODULE, &needs, e));
+    CHECK(needs);
     // Only build sees that the factors of a module do not fit into any memory.
     uint64_t huge;
-    WORKS(lycore_network_add_module(n, "huge", lies[4], 2, NULL, &huge, e));
+    WORKS(add_layer(n, "huge", lies[4], 2, NULL, &huge, e));
     FAILS(bad, lycore_network_build(n, cpu, e));
     CHECK_EQUAL(lycore_network_free(n), LYCORE_OK);
 
     n = new_network(true, false);
-    FAILS(bad, lycore_network_add_module(n, "blocks.0.proj", weight_shape, 2, NULL, &out.number, e));  // twice
-    FAILS(bad, lycore_network_add_module(n, "lora_unet_blocks_0_proj", weight_shape, 2, NULL, &out.number, e));
-    FAILS(train, lycore_network_forward(n, 0, &x, &y, NULL, e));
-    FAILS(train, lycore_network_backward(n, 0, &x, &y, NULL, NULL, e));
+    FAILS(bad, add_layer(n, "blocks.0.proj", weight_shape, 2, NULL, &out.number, e));  // twice
+    FAILS(bad, add_layer(n, "lora_unet_blocks_0_proj", weight_shape, 2, NULL, &out.number, e));
+    WORKS(lycore_network_needs_weight(n, 0, &needs, e));
+    CHECK(!needs);
+    WORKS(lycore_network_evaluate(n, true, e));
+    FAILS(train, lycore_network_forward(n, 0, &x, NULL, &y, NULL, e));
+    FAILS(train, lycore_network_backward(n, 0, &x, NULL, &y, NULL, NULL, e));
     FAILS(train, lycore_network_step(n, NULL, &out.step, e));
     FAILS(train, lycore_network_results(n, &out.step, e));
     FAILS(train, lycore_network_hold(n, true, NULL, e));
@@ -490,15 +517,15 @@ static void networks(void) {
     if (!gpu) FAILS(LYCORE_DEVICE, lycore_network_build(n, cuda, e));
     WORKS(lycore_network_build(n, cpu, e));
     FAILS(train, lycore_network_build(n, cpu, e));
-    FAILS(train, lycore_network_add_module(n, "another", weight_shape, 2, NULL, &out.number, e));
+    FAILS(train, add_layer(n, "another", weight_shape, 2, NULL, &out.number, e));
 
     // Built: wrong numbers, shapes, files.
-    FAILS(bad, lycore_network_forward(n, 1, &x, &y, NULL, e));
-    FAILS(bad, lycore_network_forward(n, UINT64_MAX, &x, &y, NULL, e));
-    FAILS(bad, lycore_network_backward(n, 1, &x, &y, NULL, NULL, e));
-    FAILS(LYCORE_SHAPE, lycore_network_forward(n, 0, &y, &x, NULL, e));
-    FAILS(LYCORE_SHAPE, lycore_network_backward(n, 0, &y, &x, NULL, NULL, e));
-    FAILS(LYCORE_SHAPE, lycore_network_backward(n, 0, &x, &y, &y, NULL, e));
+    FAILS(bad, lycore_network_forward(n, 1, &x, NULL, &y, NULL, e));
+    FAILS(bad, lycore_network_forward(n, UINT64_MAX, &x, NULL, &y, NULL, e));
+    FAILS(bad, lycore_network_backward(n, 1, &x, NULL, &y, NULL, NULL, e));
+    FAILS(LYCORE_SHAPE, lycore_network_forward(n, 0, &y, NULL, &x, NULL, e));
+    FAILS(LYCORE_SHAPE, lycore_network_backward(n, 0, &y, NULL, &x, NULL, NULL, e));
+    FAILS(LYCORE_SHAPE, lycore_network_backward(n, 0, &x, NULL, &y, &y, NULL, e));
     FAILS(LYCORE_UNSUPPORTED, lycore_network_hold(n, true, NULL, e));  // on the CPU
     FAILS(LYCORE_UNSUPPORTED, lycore_network_prepare_replay(n, 1, NULL, e));
     FAILS(train, lycore_network_buffer(n, LYCORE_BUFFER_EMA, &out.tensor, e));  // which its config does not ask for
@@ -536,7 +563,7 @@ static void networks(void) {
     memcpy(before, buffer.data, bytes);
     for (int i = 0; i < 16; i++) spoilt[i] = NAN, x_data[i] = 1.0f;
     const lycore_tensor grad = tensor_of(spoilt, 2, y_shape);
-    WORKS(lycore_network_backward(n, 0, &x, &grad, NULL, NULL, e));
+    WORKS(lycore_network_backward(n, 0, &x, NULL, &grad, NULL, NULL, e));
     FAILS(train, lycore_network_step(n, NULL, &out.step, e));
     CHECK_BYTES(buffer.data, before, bytes);
     // Whoever does not wait is told later.
@@ -551,10 +578,37 @@ static void networks(void) {
     for (int i = 0; i < 16; i++) x_data[i] = 0.0f;
     free(before);
 
+    // What needs its layer's weight says so, and is neither added nor run without it, nor with one of another shape.
+    lycore_network *dora = NULL;
+    uint64_t number = 7;
+    lycore_layer layer = {.struct_size = sizeof layer, .form = LYCORE_LAYER_SLIDING, .shape = weight_shape, .ndim = 2};
+    WORKS(lycore_network_new("{\"network_dim\": 2, \"dora_wd\": true}", &dora, e));
+    FAILS(bad, lycore_network_add_layer(dora, "blocks.0.proj", &layer, &out.number, e));
+    layer.weight = &conv;
+    FAILS(LYCORE_SHAPE, lycore_network_add_layer(dora, "blocks.0.proj", &layer, &out.number, e));
+    layer.weight = &weight;
+    WORKS(lycore_network_add_layer(dora, "blocks.0.proj", &layer, &number, e));
+    CHECK_EQUAL(number, 0);
+    WORKS(lycore_network_needs_weight(dora, 0, &needs, e));
+    CHECK(needs);
+    WORKS(lycore_network_build(dora, cpu, e));
+    FAILS(bad, lycore_network_forward(dora, 0, &x, NULL, &y, NULL, e));
+    FAILS(bad, lycore_network_backward(dora, 0, &x, NULL, &y, NULL, NULL, e));
+    FAILS(LYCORE_SHAPE, lycore_network_forward(dora, 0, &x, &conv, &y, NULL, e));
+    FAILS(LYCORE_SHAPE, lycore_network_backward(dora, 0, &x, &conv, &y, NULL, NULL, e));
+    WORKS(lycore_network_forward(dora, 0, &x, &weight, &y, NULL, e));
+    CHECK_EQUAL(lycore_network_free(dora), LYCORE_OK);
+    // The operator's name is one text, whoever asks.
+    char *operators[2];
+    for (int i = 0; i < 2; i++) WORKS(lycore_network_operator(&operators[i], e));
+    CHECK_TEXT(operators[0], operators[1]);
+    CHECK_CONTAINS(operators[0], "::module");
+    for (int i = 0; i < 2; i++) CHECK_EQUAL(lycore_text_free(operators[i]), LYCORE_OK);
+
     // Two at once do not know of each other; the state of one is refused by another of other modules, and changes nothing there.
     lycore_network *other = new_network(false, false);
     uint64_t index = 77;
-    WORKS(lycore_network_add_module(other, "blocks.0.conv", conv_shape, 4, NULL, &index, e));
+    WORKS(add_layer(other, "blocks.0.conv", conv_shape, 4, NULL, &index, e));
     CHECK_EQUAL(index, 0);
     WORKS(lycore_network_build(other, cpu, e));
     CHECK(lycore_network_parameter_count(other) != lycore_network_parameter_count(n));
@@ -574,7 +628,7 @@ static void networks(void) {
     free(state);
     CHECK_EQUAL(unlink(output_path), 0);
     CHECK_EQUAL(lycore_network_free(n), LYCORE_OK);
-    WORKS(lycore_network_forward(other, 0, &conv_x, &conv_y, NULL, e));
+    WORKS(lycore_network_forward(other, 0, &conv_x, NULL, &conv_y, NULL, e));
     CHECK_EQUAL(lycore_network_free(other), LYCORE_OK);
     UNTOUCHED();
 }
