@@ -25,8 +25,8 @@ struct Clock {
   double rates[RATES];
 };
 
-// Neighbours with one learning rate, from and to multiples of 4. `kept` and later fields are of the optimizer in 8 bits: where the means lie, in 32 bits if `small`, and how
-// many blocks come before.
+// Neighbours with one learning rate, from and to multiples of 4. `kept` and later fields are of the optimizer in 8 bits: where the means lie, in
+// 32 bits if `small`, and how many blocks come before.
 struct Range {
   u64 start, end, kept;
   u32 small, first_block;

@@ -130,7 +130,8 @@ pub(super) use training::BEGIN;
 mod training {
     use super::{A, ALPHA, B, T};
     use crate::algo::training::{
-        by_delta, evenly, long, scaled, Begin, Init, Layer, Parameter, Pass, Rule, Trainable,
+        by_delta, differentiate, evenly, long, scaled, through_delta, Begin, Gradients, Init, Layer,
+        Parameter, Pass, Rule, Trainable,
     };
     use crate::error::Result;
     use tch::Tensor;
@@ -151,6 +152,14 @@ mod training {
         fn new(layer: &Layer, rule: &Rule) -> Self {
             let tucker = rule.tucker && layer.large_kernel();
             Training { weight: layer.weight.clone(), rank: rule.dim, alpha: rule.alpha, tucker }
+        }
+
+        /// How many ranks the product of the pairs has, where they are less work than dW.
+        fn ranks(&self, layer: &Layer) -> Option<usize> {
+            let (outputs, inputs) = (self.weight[0], self.weight[1..].iter().product::<usize>());
+            // One pair without the zeros behind its ranks: the product of both is a multiple of 8 all the same.
+            let ranks = self.rank * self.rank.next_multiple_of(8);
+            (layer.groups() == 1 && ranks * (outputs + inputs) <= outputs * inputs).then_some(ranks)
         }
 
         /// Both pairs as [O, r] and [r, I * kernel], alpha / rank in the first of them.
@@ -212,21 +221,23 @@ mod training {
         }
 
         fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
-            let (outputs, inputs) = (self.weight[0], self.weight[1..].iter().product::<usize>());
-            // One pair without the zeros behind its ranks: the product of both is a multiple of 8 all the same.
-            let ranks = self.rank * self.rank.next_multiple_of(8);
-            if pass.layer.groups() > 1 || ranks * (outputs + inputs) > outputs * inputs {
-                return by_delta(self, pass, x);
-            }
+            let Some(ranks) = self.ranks(pass.layer) else { return by_delta(self, pass, x) };
             let [(a1, b1), (a2, b2)] = self.pairs(pass)?;
             let own = self.rank as i64;
             let up = a1.f_narrow(1, 0, own)?.f_unsqueeze(2)?.f_mul(&a2.f_unsqueeze(1)?)?;
             let down = b1.f_narrow(0, 0, own)?.f_unsqueeze(1)?.f_mul(&b2.f_unsqueeze(0)?)?;
             let (mut wide, mut thin) = (long(&self.weight), vec![1; self.weight.len()]);
             wide[0] = ranks as i64;
-            (thin[0], thin[1]) = (outputs as i64, ranks as i64);
+            (thin[0], thin[1]) = (self.weight[0] as i64, ranks as i64);
             let t = pass.layer.apply(x, &down.f_reshape(wide)?)?;
             pass.dropped(pass.layer.pointwise(&t, &up.f_reshape(thin)?)?)
+        }
+
+        fn backward(&self, pass: &Pass, x: &Tensor, grad_y: &Tensor, want_input: bool) -> Result<Gradients> {
+            match self.ranks(pass.layer) {
+                Some(_) => differentiate(&|x| self.forward(pass, x), pass.parameters, x, grad_y, want_input),
+                None => through_delta(self, pass, x, grad_y, want_input),
+            }
         }
 
         fn shrunk(&self, ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {

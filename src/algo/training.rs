@@ -144,18 +144,6 @@ impl Layer {
         Ok(convolution?)
     }
 
-    /// One value per output channel, in a shape that meets the layer's output.
-    pub fn per_output(&self, values: &Tensor) -> Result<Tensor> {
-        match &self.form {
-            Form::Convolution { stride, .. } => {
-                let mut shape = vec![1; stride.len() + 1];
-                shape[0] = -1;
-                Ok(values.f_reshape(&shape[..])?)
-            }
-            _ => Ok(values.f_reshape([-1])?),
-        }
-    }
-
     /// The shape of one value per channel of an output `y`; over the last axes of a LayerNorm or RMSNorm every value is a channel.
     pub fn channels(&self, y: &Tensor) -> Vec<i64> {
         let mut shape = long(&self.weight);

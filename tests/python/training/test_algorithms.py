@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -84,6 +84,20 @@ def lokr(loads: bool = True, **options) -> Case:
     return Case("LoKr", "lokr", "lokr.LokrModule", options, loads=loads)
 
 
+def oft(**options) -> Case:
+    return Case("OFT", "diag-oft", "diag_oft.DiagOFTModule", options)
+
+
+def boft(**options) -> Case:
+    return Case("BOFT", "boft", "boft.ButterflyOFTModule", {"network_dim": 10} | options)
+
+
+def dora(inner: Case, loads: bool = True, **options) -> Case:
+    """`loads`: LyCORIS reads no lengths of inputs."""
+    names = " / ".join(f"DoRA ({name})" if name != "LoRA" else "DoRA" for name in inner.algorithm.split(" / "))
+    return replace(inner, algorithm=names, options=inner.options | {"dora_wd": True} | options, loads=loads)
+
+
 CASES = {
     "locon": Case("LoRA / LoCon", "locon", "locon.LoConModule"),
     "locon with a core": Case("LoRA / LoCon", "locon", "locon.LoConModule", {"use_tucker": True}),
@@ -99,6 +113,10 @@ CASES = {
     "glora": Case("GLoRA", "glora", "glora.GLoRAModule"),
     "ia3": Case("(IA)^3", "ia3", "ia3.IA3Module", loads=False),
     "ia3 on inputs": Case("(IA)^3", "ia3", "ia3.IA3Module", {"train_on_input": True}, loads=False),
+    "diag-oft": oft(),
+    "diag-oft, bounded and rescaled": oft(constraint=0.01, rescaled=True),
+    "boft": boft(),
+    "boft, bounded and rescaled": boft(constraint=0.01, rescaled=True),
     "full": Case("full", "full", "full.FullModule"),
     "norm": Case(
         "norm",
@@ -110,6 +128,15 @@ CASES = {
         loads=False,
     ),
 }
+CASES |= {
+    "dora": dora(CASES["locon"]),
+    "dora of inputs": dora(CASES["locon"], loads=False, wd_on_output=False),
+    "dora with a core": dora(CASES["locon with a core"]),
+    "dora around loha": dora(CASES["loha"]),
+    "dora of inputs around loha": dora(CASES["loha"], loads=False, wd_on_output=False),
+    "dora around lokr": dora(CASES["lokr"]),
+    "dora of inputs around lokr": dora(CASES["lokr"], loads=False, wd_on_output=False),
+}
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
@@ -117,8 +144,8 @@ def made(case: Case, layer: nn.Module) -> nn.Module:
     """LyCORIS's module for a layer."""
     file, name = case.reference.split(".")
     options = {"lora_dim": RANK, "alpha": ALPHA} | case.options
-    if "network_dim" in options:
-        options["lora_dim"] = options.pop("network_dim")
+    theirs = {"network_dim": "lora_dim", "dora_wd": "weight_decompose", "wd_on_output": "wd_on_out"}
+    options |= {theirs[name]: options.pop(name) for name in theirs.keys() & options.keys()}
     if case.algo == "norm":
         options = {}
     return getattr(importlib.import_module(f"lycoris.modules.{file}"), name)("module", layer, 1.0, **options)
@@ -192,7 +219,7 @@ def test_losses_and_parameters_follow_lycoris(case, tmp_path):
 
 @cases
 def test_start_values_are_distributed_as_in_lycoris(case, tmp_path):
-    layers = [nn.Linear(192, 256), nn.Conv2d(64, 72, 3), nn.GroupNorm(8, 64)]
+    layers = [nn.Linear(192, 256), nn.Conv2d(64, 80, 3), nn.GroupNorm(8, 64)]
     layers = [layer for layer in layers if isinstance(layer, nn.GroupNorm) == (case.algo == "norm")]
     network = attached(nn.Sequential(*layers), {"algo": case.algo} | case.options)
     network.save(tmp_path / "start.safetensors")
