@@ -45,6 +45,7 @@ static void network_calls(lycore_network *handle, lycore_status want) {
     FAILS_NETWORK(want, lycore_network_needs_weight(handle, 0, &needs, e));
     CHECK(needs);
     FAILS_NETWORK(want, lycore_network_evaluate(handle, true, e));
+    FAILS_NETWORK(want, lycore_network_set_ranks(handle, 0.5, NULL, e));
     FAILS_NETWORK(want, lycore_network_build(handle, cpu, e));
     FAILS_NETWORK(want, lycore_network_forward(handle, 0, &x, NULL, &y, NULL, e));
     FAILS_NETWORK(want, lycore_network_backward(handle, 0, &x, NULL, &y, NULL, NULL, e));

@@ -496,6 +496,7 @@ static void networks(void) {
     WORKS(lycore_network_needs_weight(n, 0, &needs, e));
     CHECK(!needs);
     WORKS(lycore_network_evaluate(n, true, e));
+    FAILS(train, lycore_network_set_ranks(n, 0.5, NULL, e));
     FAILS(train, lycore_network_forward(n, 0, &x, NULL, &y, NULL, e));
     FAILS(train, lycore_network_backward(n, 0, &x, NULL, &y, NULL, NULL, e));
     FAILS(train, lycore_network_step(n, NULL, &out.step, e));
@@ -526,6 +527,9 @@ static void networks(void) {
     FAILS(LYCORE_SHAPE, lycore_network_forward(n, 0, &y, NULL, &x, NULL, e));
     FAILS(LYCORE_SHAPE, lycore_network_backward(n, 0, &y, NULL, &x, NULL, NULL, e));
     FAILS(LYCORE_SHAPE, lycore_network_backward(n, 0, &x, NULL, &y, &y, NULL, e));
+    const double no_shares[] = {0.0, -0.5, 1.5, NAN, INFINITY};
+    for (int i = 0; i < 5; i++) FAILS(bad, lycore_network_set_ranks(n, no_shares[i], NULL, e));
+    WORKS(lycore_network_set_ranks(n, 1.0, NULL, e));
     FAILS(LYCORE_UNSUPPORTED, lycore_network_hold(n, true, NULL, e));  // on the CPU
     FAILS(LYCORE_UNSUPPORTED, lycore_network_prepare_replay(n, 1, NULL, e));
     FAILS(train, lycore_network_buffer(n, LYCORE_BUFFER_EMA, &out.tensor, e));  // which its config does not ask for
