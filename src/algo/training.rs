@@ -287,12 +287,15 @@ pub enum Spectrum {
     Middle,
 }
 
+/// Makes a module for a layer. `weight` is the layer's own, fp32, where the host gave it.
+pub type New = fn(layer: &Layer, rule: &Rule, weight: Option<&Tensor>) -> Result<Box<dyn Trainable>>;
+
 /// How training of an algorithm begins.
 pub struct Begin {
     /// As a configuration names it, the usual spelling first.
     pub names: &'static [&'static str],
-    /// A module for a layer. `weight` is the layer's own, fp32, where the host gave it.
-    pub new: fn(layer: &Layer, rule: &Rule, weight: Option<&Tensor>) -> Result<Box<dyn Trainable>>,
+    /// A module.
+    pub new: New,
 }
 
 /// What one forward or backward pass of a module is computed from.
