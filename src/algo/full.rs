@@ -104,7 +104,7 @@ pub(super) mod training {
             want_input: bool,
             into: &[Tensor],
         ) -> Result<Option<Tensor>> {
-            if pass.layer.form != Form::Linear || pass.draw.is_some() {
+            if pass.layer.form != Form::Linear || !pass.whole() {
                 return add_gradients(self.backward(pass, x, grad_y, want_input)?, into);
             }
             // Straight into the gradient; differentiating `forward` would compute its output once more for nothing.

@@ -203,9 +203,9 @@ mod training {
             want_input: bool,
             into: &[Tensor],
         ) -> Result<Option<Tensor>> {
-            let (1, Form::Linear, None) = (self.axis, &pass.layer.form, pass.draw) else {
+            if self.axis != 1 || pass.layer.form != Form::Linear || !pass.whole() {
                 return add_gradients(self.backward(pass, x, grad_y, want_input)?, into);
-            };
+            }
             // One product; differentiating `forward` would compute its output once more for nothing.
             let scaled = grad_y.f_matmul(pass.base()?)?;
             let rows = scaled.f_mul(x)?.f_reshape([-1, pass.shape()[1]])?;
