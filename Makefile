@@ -101,6 +101,7 @@ bench: lib small
 bench-gpu: lib
 	$(PY) tests/bench/merge.py --device cuda
 	$(PY) tests/bench/train.py --device cuda
+	$(PY) tests/bench/step.py
 
 clean:
 	cargo clean
