@@ -512,7 +512,13 @@ pub fn through_delta(
 
 /// A name of an algorithm without what its file does not tell: whether a LoRA is on a convolution, whether prefixes of it were trained.
 pub fn family(name: &str) -> String {
-    name.replace("LoCon", "LoRA").replace("DyLoRA", "LoRA")
+    name.replace(" (LoCon)", "").replace("LoCon", "LoRA").replace("DyLoRA", "LoRA")
+}
+
+/// What a DoRA is around, by its name.
+pub fn inside(name: &str) -> Option<&str> {
+    let inner = name.strip_prefix("DoRA")?.trim_matches([' ', '(', ')']);
+    Some(if inner.is_empty() { "LoRA" } else { inner })
 }
 
 /// libtorch counts in i64. No dimension of an existing tensor exceeds it.

@@ -2,6 +2,7 @@
 
 use super::network::Network;
 use crate::adapter::safetensors;
+use crate::algo::training::{family, inside};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::names;
@@ -63,8 +64,8 @@ const BASES: &[(&str, &str, &str, &str)] = &[
 fn network_module<'a>(algorithms: impl Iterator<Item = &'a str>) -> (&'static str, Option<String>) {
     let mut counts = BTreeMap::<&str, usize>::new();
     algorithms
-        .filter(|name| !matches!(*name, "LoRA" | "LoCon"))
-        .for_each(|name| *counts.entry(name).or_default() += 1);
+        .filter(|name| family(name) != "LoRA")
+        .for_each(|name| *counts.entry(inside(name).unwrap_or(name)).or_default() += 1);
     // Of equally many the first by name.
     let Some((name, _)) = counts.iter().rev().max_by_key(|(_, count)| **count) else {
         return ("networks.lora", None);
@@ -111,6 +112,9 @@ impl Network {
         let mut args = Map::new();
         if let Some(algo) = algo {
             args.insert("algo".into(), json!(algo));
+        }
+        if self.modules.iter().any(|m| inside(m.algorithm.name()).is_some()) {
+            args.insert("dora_wd".into(), json!("True"));
         }
         if self.modules.iter().any(|m| m.layer.large_kernel()) {
             args.insert("conv_dim".into(), json!(options.conv_dim.to_string()));
@@ -191,12 +195,14 @@ mod tests {
     #[test]
     fn the_module_is_named_after_the_algorithms() {
         let module = |names: &[&str]| network_module(names.iter().copied());
-        assert_eq!(module(&["LoRA", "LoCon"]), ("networks.lora", None));
+        assert_eq!(module(&["LoRA", "LoCon", "DyLoRA"]), ("networks.lora", None));
         let lycoris = |algo: &str| ("lycoris.kohya", Some(algo.to_owned()));
         assert_eq!(module(&["LoRA", "LoRA", "LoHa"]), lycoris("loha"));
         assert_eq!(module(&["LoKr", "norm", "LoKr"]), lycoris("lokr"));
         assert_eq!(module(&["OFT", "BOFT"]), lycoris("boft"));
         assert_eq!(module(&["OFT"]), lycoris("diag-oft"));
+        assert_eq!(module(&["DoRA"]), lycoris("lora"));
+        assert_eq!(module(&["LoHa", "DoRA (LoCon)", "DoRA (LoHa)"]), lycoris("loha"));
         assert_eq!(module(&["(IA)^3"]), lycoris("ia3"));
     }
 

@@ -4,7 +4,7 @@
 use super::config::{key, Key};
 use super::reader::{unknown_keys, Reader};
 use crate::algo::draw::Dropout;
-use crate::algo::training::{family, Begin, Layer, Rule, Spectrum};
+use crate::algo::training::{family, inside, Begin, Layer, Rule, Spectrum};
 use crate::algo::TRAINED;
 use crate::merge::plan::glob;
 use serde_json::{json, Map, Value};
@@ -84,7 +84,8 @@ const DECOMPOSED: [&str; 3] = ["lora", "loha", "lokr"];
 impl Chosen {
     /// The same with algorithm, rank and alpha of a file.
     pub(super) fn known(self, known: &Known) -> Self {
-        let name = known.algorithm.to_lowercase();
+        let inner = inside(known.algorithm);
+        let name = inner.unwrap_or(known.algorithm).to_lowercase();
         // Those that write plain LoRAs stay what they are.
         let plain = ["lora-fa", "dylora"].contains(&self.begin.names[0]) && family(known.algorithm) == "LoRA";
         let named = TRAINED.iter().find(|begin| begin.names.contains(&name.as_str())).filter(|_| !plain);
@@ -95,7 +96,8 @@ impl Chosen {
             None | Some(0.0) => dim as f64,
             Some(alpha) => alpha,
         };
-        Chosen { begin, rule: Rule { dim, alpha, ..self.rule }, ..self }
+        let decompose = inner.map(|_| self.rule.decompose.unwrap_or(true));
+        Chosen { begin, rule: Rule { dim, alpha, decompose, ..self.rule }, ..self }
     }
 }
 
