@@ -16,7 +16,16 @@ import torch
 from .library import NodeError
 from .names import Targets
 
-ALGORITHMS: dict[str, dict[str, Any]] = {"lora": {}}
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"dora_wd": True},
+    "loha": {"algo": "loha"},
+    "lokr": {"algo": "lokr"},
+    "glora": {"algo": "glora"},
+    "ia3": {"algo": "ia3"},
+    "diag-oft": {"algo": "diag-oft"},
+    "full": {"algo": "full"},
+}
 """Choice -> what it sets of the config of `lycore.Network`."""
 
 _ATTENTION = ("*attn*", "*attention*", "*single_blocks.*.linear*")
