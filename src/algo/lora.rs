@@ -233,7 +233,8 @@ pub(super) use training::{BEGIN, FROZEN_DOWN};
 pub(super) mod training {
     use super::{ALPHA, DOWN, MID, UP};
     use crate::algo::training::{
-        add_gradients, add_output, differentiate, Begin, Init, Layer, Parameter, Pass, Rule, Trainable,
+        add_gradients, add_output, differentiate, norm_of_delta, scaled, Begin, Init, Layer, Parameter, Pass,
+        Rule, Trainable,
     };
     use crate::error::Result;
     use crate::torch_ext::{multiply, product, Factor};
@@ -296,10 +297,6 @@ pub(super) mod training {
             self.alpha / self.rank as f64
         }
 
-        fn scaled(&self, t: Tensor) -> Result<Tensor> {
-            Ok(if self.scale() == 1.0 { t } else { t.f_mul_scalar(self.scale())? })
-        }
-
         /// Down and up of a Linear layer from which nothing is left out.
         fn linear<'a>(&self, pass: &Pass<'a>) -> Option<[&'a Tensor; 2]> {
             match pass.parameters {
@@ -355,7 +352,7 @@ pub(super) mod training {
                 let mid = pass.parameters[2].f_reshape([rank, rank, -1])?;
                 down = Tensor::f_einsum("pqk,qi->pik", &[mid, down], None::<i64>)?.f_reshape([rank, -1])?;
             }
-            self.scaled(up.f_reshape([-1, rank])?.f_matmul(&down)?.f_reshape(pass.shape())?)
+            scaled(&up.f_reshape([-1, rank])?.f_matmul(&down)?.f_reshape(pass.shape())?, self.scale())
         }
 
         fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
@@ -369,7 +366,7 @@ pub(super) mod training {
                 Some(mid) => layer.apply(&layer.pointwise(x, down)?, mid)?,
                 None => layer.apply(x, down)?,
             };
-            let mut t = self.scaled(t)?;
+            let mut t = scaled(&t, self.scale())?;
             if let Some(draw) = pass.draw {
                 t = draw.values(t)?;
                 // One mask per sample, as in sd-scripts. Convolutions have the ranks behind the batch, Linear layers at the end.
@@ -425,14 +422,14 @@ pub(super) mod training {
         fn norm(&self, pass: &Pass) -> Result<Tensor> {
             let (down, up) = (&pass.parameters[0], &pass.parameters[1]);
             if self.tucker {
-                return Ok(self.delta(pass)?.f_to_kind(Kind::Double)?.f_norm()?);
+                return norm_of_delta(self, pass);
             }
             let rank = down.size()[0];
             let wide = |t: &Tensor| -> Result<Tensor> { Ok(t.f_to_kind(Kind::Double)?) };
             let (down, up) = (wide(&down.f_reshape([rank, -1])?)?, wide(&up.f_reshape([-1, rank])?)?);
             let (rows, columns) =
                 (up.f_transpose(0, 1)?.f_matmul(&up)?, down.f_matmul(&down.f_transpose(0, 1)?)?);
-            self.scaled(rows.f_mul(&columns)?.f_sum(Kind::Double)?.f_clamp_min(0.0)?.f_sqrt()?)
+            scaled(&rows.f_mul(&columns)?.f_sum(Kind::Double)?.f_clamp_min(0.0)?.f_sqrt()?, self.scale())
         }
 
         fn shrunk(&self, ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {

@@ -410,7 +410,7 @@ pub trait Trainable: Debug + Send {
 
     /// The norm of dW over all its elements, in f64, on the device. Asked only of modules that [`Trainable::shrunk`] has factors for.
     fn norm(&self, pass: &Pass) -> Result<Tensor> {
-        Ok(self.delta(pass)?.f_to_kind(Kind::Double)?.f_norm()?)
+        norm_of_delta(self, pass)
     }
 
     /// Factors by which the parameters shrink so that dW becomes `ratio` (a number on the device) times what it is; `None` where no
@@ -447,6 +447,11 @@ pub fn by_delta<T: Trainable + ?Sized>(module: &T, pass: &Pass, x: &Tensor) -> R
         y = y.f_add(&bias.f_reshape(pass.layer.channels(&y))?)?;
     }
     pass.dropped(y)
+}
+
+/// Any module's norm: that of dW itself.
+pub fn norm_of_delta<T: Trainable + ?Sized>(module: &T, pass: &Pass) -> Result<Tensor> {
+    Ok(module.delta(pass)?.f_to_kind(Kind::Double)?.f_norm()?)
 }
 
 /// `t * scale`, and `t` itself for a scale of 1.

@@ -33,6 +33,19 @@ char* text_of(const char* what) {
   return copy;
 }
 
+// Does the work; what it throws becomes a text.
+template <class Work>
+char* told(Work work) {
+  try {
+    work();
+    return nullptr;
+  } catch (const std::exception& e) {
+    return text_of(e.what());
+  } catch (...) {
+    return text_of("unknown C++ exception");
+  }
+}
+
 // Convolutions on a GPU ask a process-wide setting instead of NoTF32Guard, also in their backward on another thread. The first user switches TF32
 // off and the last one puts the host's setting back, so that calls on several threads cannot leave each other's value behind.
 class ExactConvolutions {
@@ -192,7 +205,7 @@ extern "C" {
 
 // out = beta * out + alpha * a @ b, a and b turned where it says so; leading axes are rows. out may be fp32 beside factors of 16 bits.
 char* lycore_ext_product(at::Tensor* out, const at::Tensor* a, bool turn_a, const at::Tensor* b, bool turn_b, double beta, double alpha) {
-  try {
+  return told([&] {
     at::Tensor to = matrix(*out, false), left = matrix(*a, turn_a), right = matrix(*b, turn_b);
     if (to.scalar_type() == left.scalar_type()) {
       at::addmm_out(to, to, left, right, beta, alpha);
@@ -201,41 +214,26 @@ char* lycore_ext_product(at::Tensor* out, const at::Tensor* a, bool turn_a, cons
     } else {
       to.mul_(beta).add_(at::mm(left, right), alpha);
     }
-    return nullptr;
-  } catch (const std::exception& e) {
-    return text_of(e.what());
-  } catch (...) {
-    return text_of("unknown C++ exception");
-  }
+  });
 }
 
 // a @ b, as in lycore_ext_product; the caller owns the result.
 char* lycore_ext_multiply(const at::Tensor* a, bool turn_a, const at::Tensor* b, bool turn_b, at::Tensor** out) {
-  try {
+  return told([&] {
     *out = new at::Tensor(at::mm(matrix(*a, turn_a), matrix(*b, turn_b)));
-    return nullptr;
-  } catch (const std::exception& e) {
-    return text_of(e.what());
-  } catch (...) {
-    return text_of("unknown C++ exception");
-  }
+  });
 }
 
 // Makes `NAMESPACE::module` an operator of libtorch, once; the calls are this library's own.
 char* lycore_ext_register(const char* name, Calls given) {
-  try {
+  return told([&] {
     calls = given;
     // Never freed: operators live as long as the process. Static, so that leak checkers see that it is held.
     static auto* const library = new torch::Library(torch::Library::DEF, name, std::nullopt, __FILE__, __LINE__);
     library->def(
         "module(Tensor anchor, Tensor x, Tensor base, Tensor? weight, int network, int index, int axes, bool fresh) -> Tensor",
         torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(module)));
-    return nullptr;
-  } catch (const std::exception& e) {
-    return text_of(e.what());
-  } catch (...) {
-    return text_of("unknown C++ exception");
-  }
+  });
 }
 
 // An address inside libtorch's CPU half.
@@ -248,7 +246,7 @@ void lycore_ext_free_text(char* text) { delete[] text; }
 // libtorch identifies an external stream by its handle, so no CUDA header is needed to name one.
 char* lycore_ext_scope_open(int device, void* stream, void** out) {
   *out = nullptr;
-  try {
+  return told([&] {
     auto scope = std::make_unique<Scope>();
     if (device >= 0) scope->exact_convolutions.emplace();
     if (device >= 0 && stream != nullptr) {
@@ -265,12 +263,7 @@ char* lycore_ext_scope_open(int device, void* stream, void** out) {
       scope->handle = guard.getStream(c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device))).native_handle();
     }
     *out = scope.release();
-    return nullptr;
-  } catch (const std::exception& e) {
-    return text_of(e.what());
-  } catch (...) {
-    return text_of("unknown C++ exception");
-  }
+  });
 }
 
 // The cudaStream_t that libtorch's work on the scope's device goes to.

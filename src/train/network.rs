@@ -135,6 +135,7 @@ impl Network {
     }
 
     /// Registers a Linear layer or convolution; see [`Network::add_layer`].
+    #[cfg(test)]
     pub fn add_module(
         &mut self,
         name: &str,
