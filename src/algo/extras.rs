@@ -238,15 +238,21 @@ pub(super) use training::decompose;
 
 /// DoRA in training: `dW = V o m / |V| - W`, `V = W + inner dW`, with m the lengths of W to begin with. Gradients go through |V|, as in
 /// LyCORIS; PEFT takes it for a constant.
+///
+/// On a Linear layer, with a length per output and a LoRA inside, `dW = s U D`, no matrix of the weight's size is made. With `r = m / |V|` of
+/// each row the layer's output grows by `(r - 1) o (W x) + r o (s U D x)`, and
+/// `|V|^2 = |W|^2 + <P + Q, U>`, `P = s W D^T`, `Q = P + s^2 U D D^T`, row by row. The gradient of a row's |V|^2 is
+/// `e = -r / (2 |V|^2) dL/dr`, `dL/dr` is the sum of `dL/dy o (V x)` over a batch, and from |V|^2 it goes to U as `2 Q`, to D as `2 s U^T V`.
 #[cfg(feature = "torch")]
 mod training {
     use super::{decomposed, MAGNITUDE};
     use crate::algo::training::{
-        by_delta, differentiate, through_delta, Gradients, Init, Layer, Parameter, Pass, Trainable,
+        add_gradients, add_output, through_delta, Gradients, Init, Layer, Parameter, Pass, Trainable,
     };
     use crate::algo::ALPHA;
     use crate::error::{Error, Result};
-    use tch::{Kind, Tensor};
+    use crate::torch_ext::{multiply, product, Factor};
+    use tch::Tensor;
 
     /// Puts a magnitude around `inner`, one per output channel or per input channel.
     pub(in crate::algo) fn decompose(
@@ -269,8 +275,8 @@ mod training {
         let start = Vec::try_from(lengths(weight, axis)?.f_flatten(0, -1)?)?;
         let alpha = inner.constants().iter().find(|(name, _)| *name == ALPHA).map(|(_, alpha)| *alpha);
         let scale = alpha.zip(inner.rank()).map(|(alpha, rank)| alpha / rank as f64);
-        let thin = scale.filter(|_| name == "DoRA" && on_output);
-        Ok(Box::new(Decomposed { name, inner, axis, shape, start, thin }))
+        let around_lora = scale.filter(|_| inner.name() == "LoRA" && on_output);
+        Ok(Box::new(Decomposed { name, inner, axis, shape, start, around_lora }))
     }
 
     /// The norms over all axes but one.
@@ -289,24 +295,25 @@ mod training {
         /// Of the magnitude.
         shape: Vec<usize>,
         start: Vec<f32>,
-        /// The scale of the inner product of two factors, on a Linear layer with a length per output. Then the layer's output is
-        /// `y + (m / |V| - 1) (W x) + m / |V| (inner x)`, and the lengths follow from `|W|^2 + 2 <W, dW> + |dW|^2` and thin products:
-        /// no matrix of the weight's size is made. That takes about 52 bytes per output value and 26 per weight, dW about 156 per weight,
-        /// beside the same three large products; so it is taken where a batch has at most two rows per input channel.
-        thin: Option<f64>,
+        /// alpha / rank of a LoRA inside, where there is a length per output.
+        around_lora: Option<f64>,
     }
 
     impl Decomposed {
-        fn thin(&self, pass: &Pass, x: &Tensor) -> Option<f64> {
-            let inputs = pass.layer.weight[1];
-            self.thin.filter(|_| pass.whole() && x.numel() <= 2 * inputs * inputs)
-        }
-
         /// What the inner module is computed from, and the magnitude.
         fn split<'a>(&self, pass: &Pass<'a>) -> Result<(Pass<'a>, &'a Tensor)> {
             match pass.parameters.split_last() {
                 Some((magnitude, parameters)) => Ok((Pass { parameters, ..*pass }, magnitude)),
                 None => Err(Error::Backend(format!("`{}` has no magnitude", pass.layer.name))),
+            }
+        }
+
+        /// The rows of V and what belongs to them, on a Linear layer from which nothing is left out.
+        fn rows<'a>(&self, pass: &Pass<'a>) -> Result<Option<Rows<'a>>> {
+            let Some(scale) = self.around_lora.filter(|_| pass.linear()) else { return Ok(None) };
+            match pass.parameters {
+                [down, up, magnitude] => Rows::new(pass.base()?, [down, up], magnitude, scale).map(Some),
+                _ => Ok(None),
             }
         }
     }
@@ -316,17 +323,111 @@ mod training {
         Ok(magnitude.f_div(&lengths.f_clamp_min(f64::from(f32::MIN_POSITIVE))?)?)
     }
 
-    /// The rows' lengths of `W + scale up down`, without the sum.
-    fn thin_lengths(base: &Tensor, parameters: &[Tensor], scale: f64, kind: Kind) -> Result<Tensor> {
-        let (down, up) = (&parameters[0], parameters[1].f_to_kind(kind)?);
-        let crossed = base.f_matmul(&down.f_transpose(0, 1)?)?.f_to_kind(kind)?;
-        let down = down.f_to_kind(kind)?;
-        let gram = down.f_matmul(&down.f_transpose(0, 1)?)?;
-        // <W, up down> and |up down|^2 / 2 of each row.
-        let added = crossed.f_add(&up.f_matmul(&gram)?.f_mul_scalar(scale / 2.0)?)?.f_mul(&up)?;
-        let added = added.f_sum_dim_intlist(&[1i64][..], true, None)?.f_mul_scalar(2.0 * scale)?;
-        let own = lengths(&base.f_to_kind(kind)?, 0)?.f_square()?;
-        Ok(own.f_add(&added)?.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_sqrt()?)
+    /// `V = W + s up down` by thin products alone; what is not of the compute dtype has the magnitude's. A row of V much shorter than W's has
+    /// fewer digits, by the ratio of their squares; training stays far from there.
+    struct Rows<'a> {
+        base: &'a Tensor,
+        down: &'a Tensor,
+        up: &'a Tensor,
+        /// `up` in the magnitude's dtype.
+        precise_up: Tensor,
+        scale: f64,
+        /// Q [O, r].
+        crossed: Tensor,
+        /// |V| [O, 1].
+        lengths: Tensor,
+        /// m / |V| [O, 1].
+        ratio: Tensor,
+    }
+
+    impl<'a> Rows<'a> {
+        fn new(
+            base: &'a Tensor,
+            [down, up]: [&'a Tensor; 2],
+            magnitude: &Tensor,
+            scale: f64,
+        ) -> Result<Self> {
+            let kind = magnitude.f_kind()?;
+            let precise_up = up.f_to_kind(kind)?;
+            let times_down = |t: &Tensor, scale: f64| {
+                let out = Tensor::f_empty([t.size()[0], down.size()[0]], (kind, t.device()))?;
+                product(&out, Factor(t, false), Factor(down, true), 0.0, scale)?;
+                Ok::<_, Error>(out)
+            };
+            let own = times_down(base, scale)?;
+            let crossed = own.f_addmm(&precise_up, &times_down(down, scale * scale)?)?;
+            let added =
+                { own }.f_add_(&crossed)?.f_mul_(&precise_up)?.f_sum_dim_intlist(&[1i64][..], true, None)?;
+            let lengths =
+                base.f_norm_scalaropt_dim_dtype(2, &[1i64][..], true, kind)?.f_square_()?.f_add_(&added)?;
+            let lengths = { lengths }.f_clamp_min_(f64::from(f32::MIN_POSITIVE))?.f_sqrt_()?;
+            let ratio = ratio(magnitude, &lengths)?;
+            Ok(Rows { base, down, up, precise_up, scale, crossed, lengths, ratio })
+        }
+
+        /// `factor o up`, in the compute dtype.
+        fn up_times(&self, factor: &Tensor) -> Result<Tensor> {
+            Ok(self.precise_up.f_mul(factor)?.f_to_kind(self.up.f_kind()?)?)
+        }
+
+        /// r - 1 as [O], in the compute dtype.
+        fn beyond_one(&self) -> Result<Tensor> {
+            Ok(self.ratio.f_flatten(0, -1)?.f_sub_scalar(1.0)?.f_to_kind(self.up.f_kind()?)?)
+        }
+
+        fn add_forward(&self, x: &Tensor, y: &Tensor) -> Result<()> {
+            // Not r o (V x) - W x: that would round the small difference at the size of W x.
+            let base = multiply(Factor(x, false), Factor(self.base, true))?.f_view_as(y)?;
+            let _ = y.shallow_clone().f_addcmul_(&base, &self.beyond_one()?)?;
+            let t = multiply(Factor(x, false), Factor(self.down, true))?;
+            product(y, Factor(&t, false), Factor(&self.up_times(&self.ratio)?, true), 1.0, self.scale)
+        }
+
+        fn accumulate(
+            &self,
+            x: &Tensor,
+            grad_y: &Tensor,
+            want_input: bool,
+            into: [&Tensor; 3],
+        ) -> Result<Option<Tensor>> {
+            let (Rows { base, down, up, scale, ratio, .. }, [into_down, into_up, into_magnitude]) =
+                (self, into);
+            let own = Tensor::shallow_clone;
+            // The magnitude: dL/dr / |V|.
+            let t = multiply(Factor(x, false), Factor(down, true))?;
+            let mut turned = multiply(Factor(x, false), Factor(base, true))?;
+            product(&turned, Factor(&t, false), Factor(up, true), 1.0, *scale)?;
+            let rows = turned.size();
+            let moved = turned.f_mul_(&grad_y.f_view(&rows[..])?)?;
+            let grad_ratio =
+                moved.f_sum_dim_intlist(&[0i64][..], false, ratio.f_kind()?)?.f_view_as(ratio)?;
+            let _ = own(into_magnitude).f_addcdiv_(&grad_ratio, &self.lengths)?;
+            // Through the lengths: 2 e.
+            let twice = grad_ratio.f_mul(ratio)?.f_div_(&self.lengths.f_square()?)?.f_neg_()?;
+            let _ = own(into_up).f_addcmul_(&self.crossed, &twice)?;
+            // LoRA-FA holds down.
+            let moves = down.requires_grad();
+            if moves {
+                let up_twice = self.up_times(&twice)?;
+                product(into_down, Factor(&up_twice, true), Factor(base, false), 1.0, *scale)?;
+                let gram = multiply(Factor(&up_twice, true), Factor(up, false))?;
+                product(into_down, Factor(&gram, false), Factor(down, false), 1.0, scale * scale)?;
+            }
+            // Through s U D x.
+            let grad_up = self.crossed.f_empty_like()?;
+            product(&grad_up, Factor(grad_y, true), Factor(&t, false), 0.0, *scale)?;
+            let _ = own(into_up).f_addcmul_(&grad_up, ratio)?;
+            let grad_t = multiply(Factor(grad_y, false), Factor(&self.up_times(ratio)?, false))?;
+            if moves {
+                product(into_down, Factor(&grad_t, true), Factor(x, false), 1.0, *scale)?;
+            }
+            if !want_input {
+                return Ok(None);
+            }
+            let grad_x = multiply(Factor(&grad_y.f_mul(&self.beyond_one()?)?, false), Factor(base, false))?;
+            product(&grad_x, Factor(&grad_t, false), Factor(down, false), 1.0, *scale)?;
+            Ok(Some(grad_x.f_view_as(x)?))
+        }
     }
 
     impl Trainable for Decomposed {
@@ -362,21 +463,30 @@ mod training {
             Ok(delta.f_to_kind(pass.compute)?)
         }
 
-        fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
-            let Some(scale) = self.thin(pass, x) else { return by_delta(self, pass, x) };
-            let (inner, magnitude) = self.split(pass)?;
-            let lengths = thin_lengths(pass.base()?, inner.parameters, scale, magnitude.f_kind()?)?;
-            let ratio = ratio(magnitude, &lengths)?.f_flatten(0, -1)?;
-            let base = pass.layer.apply(x, pass.base()?)?;
-            let base = base.f_mul(&ratio.f_sub_scalar(1.0)?.f_to_kind(pass.compute)?)?;
-            let added = self.inner.forward(&inner, x)?;
-            Ok(base.f_addcmul(&added, &ratio.f_to_kind(pass.compute)?)?)
+        fn add_forward(&self, pass: &Pass, x: &Tensor, y: &Tensor) -> Result<()> {
+            match self.rows(pass)?.filter(|_| pass.linear_into(y)) {
+                Some(rows) => rows.add_forward(x, y),
+                None => add_output(self, pass, x, y),
+            }
         }
 
         fn backward(&self, pass: &Pass, x: &Tensor, grad_y: &Tensor, want_input: bool) -> Result<Gradients> {
-            match self.thin(pass, x) {
-                Some(_) => differentiate(&|x| self.forward(pass, x), pass.parameters, x, grad_y, want_input),
-                None => through_delta(self, pass, x, grad_y, want_input),
+            through_delta(self, pass, x, grad_y, want_input)
+        }
+
+        fn accumulate(
+            &self,
+            pass: &Pass,
+            x: &Tensor,
+            grad_y: &Tensor,
+            want_input: bool,
+            into: &[Tensor],
+        ) -> Result<Option<Tensor>> {
+            match (self.rows(pass)?, into) {
+                (Some(rows), [down, up, magnitude]) => {
+                    rows.accumulate(x, grad_y, want_input, [down, up, magnitude])
+                }
+                _ => add_gradients(self.backward(pass, x, grad_y, want_input)?, into),
             }
         }
     }
@@ -387,18 +497,20 @@ mod training {
         use crate::algo::training::{long, Rule};
         use crate::algo::training_tests::{rule, wave};
         use crate::merge::bypass::Geometry;
+        use tch::Kind;
 
         /// The lengths from squares and thin products are those of the sum, also where dW is as large as W.
         #[test]
-        fn thin_lengths_are_those_of_the_sum() {
+        fn lengths_are_those_of_the_sum() {
             let (base, down) = (wave(&[96, 64], 0.4), wave(&[8, 64], 1.2));
             for size in [0.0, 1e-6, 1e-3, 1.0] {
                 let parameters = [down.shallow_clone(), wave(&[96, 8], 2.3) * size];
                 let delta = parameters[1].matmul(&down) * 0.3;
                 let want = lengths(&(&base + &delta), 0).unwrap();
-                let single = parameters.each_ref().map(|t| t.to_kind(Kind::Float));
-                let got = thin_lengths(&base.to_kind(Kind::Float), &single, 0.3, Kind::Float).unwrap();
-                let off = (got / &want - 1.0).abs().max().double_value(&[]);
+                let single = [&base, &parameters[0], &parameters[1]].map(|t| t.to_kind(Kind::Float));
+                let [base, down, up] = &single;
+                let rows = Rows::new(base, [down, up], &want.to_kind(Kind::Float), 0.3).unwrap();
+                let off = (rows.lengths / &want - 1.0).abs().max().double_value(&[]);
                 // A few roundings, as in the sum itself; V is nowhere much shorter than W.
                 assert!(off <= 5e-7, "{size}: {off}");
             }

@@ -46,7 +46,7 @@ pub(super) use training::BEGIN;
 pub(super) mod training {
     use super::DIFF;
     use crate::algo::extras::BIAS;
-    use crate::algo::training::{add_gradients, Begin, Form, Init, Layer, Parameter, Pass, Trainable};
+    use crate::algo::training::{add_gradients, Begin, Init, Layer, Parameter, Pass, Trainable};
     use crate::error::Result;
     use crate::torch_ext::{product, Factor};
     use tch::Tensor;
@@ -104,7 +104,7 @@ pub(super) mod training {
             want_input: bool,
             into: &[Tensor],
         ) -> Result<Option<Tensor>> {
-            if pass.layer.form != Form::Linear || !pass.whole() {
+            if !pass.linear() {
                 return add_gradients(self.backward(pass, x, grad_y, want_input)?, into);
             }
             // Straight into the gradient; differentiating `forward` would compute its output once more for nothing.

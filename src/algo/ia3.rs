@@ -130,7 +130,7 @@ pub(super) use training::BEGIN;
 #[cfg(feature = "torch")]
 mod training {
     use super::{ON_INPUT, WEIGHT};
-    use crate::algo::training::{add_gradients, Begin, Form, Init, Layer, Parameter, Pass, Rule, Trainable};
+    use crate::algo::training::{add_gradients, Begin, Init, Layer, Parameter, Pass, Rule, Trainable};
     use crate::error::Result;
     use tch::Tensor;
 
@@ -203,7 +203,7 @@ mod training {
             want_input: bool,
             into: &[Tensor],
         ) -> Result<Option<Tensor>> {
-            if self.axis != 1 || pass.layer.form != Form::Linear || !pass.whole() {
+            if self.axis != 1 || !pass.linear() {
                 return add_gradients(self.backward(pass, x, grad_y, want_input)?, into);
             }
             // One product; differentiating `forward` would compute its output once more for nothing.

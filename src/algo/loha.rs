@@ -126,14 +126,18 @@ pub(super) use training::BEGIN;
 ///
 /// A product of two low ranks, elementwise, is a low rank too: `dW[o, i] = sum_pq (a1[o, p] a2[o, q]) (b1[p, i] b2[q, i])`. As long as r^2 ranks
 /// are less work than dW the module is computed as a LoRA of so many, and dW is never there. LyCORIS always builds it.
+///
+/// With M1 and M2 for the two products, `dL/dM1 = s (dL/dy^T x) o M2`, and so the other way round.
 #[cfg(feature = "torch")]
 mod training {
     use super::{A, ALPHA, B, T};
+    use crate::algo::lora::training::Training as Lora;
     use crate::algo::training::{
-        by_delta, differentiate, evenly, long, scaled, through_delta, Begin, Gradients, Init, Layer,
-        Parameter, Pass, Rule, Trainable,
+        add_gradients, add_output, by_delta, evenly, long, scaled, Begin, Init, Layer, Parameter, Pass, Rule,
+        Trainable,
     };
     use crate::error::Result;
+    use crate::torch_ext::{multiply, product, Factor};
     use tch::Tensor;
 
     pub(in crate::algo) const BEGIN: Begin =
@@ -146,12 +150,19 @@ mod training {
         rank: usize,
         alpha: f64,
         tucker: bool,
+        /// With the same alpha / rank, for as many ranks as its factors have.
+        lora: Lora,
     }
 
     impl Training {
         fn new(layer: &Layer, rule: &Rule) -> Self {
             let tucker = rule.tucker && layer.large_kernel();
-            Training { weight: layer.weight.clone(), rank: rule.dim, alpha: rule.alpha, tucker }
+            let lora = Lora::new(layer, &Rule { tucker: false, ..rule.clone() });
+            Training { weight: layer.weight.clone(), rank: rule.dim, alpha: rule.alpha, tucker, lora }
+        }
+
+        fn scale(&self) -> f64 {
+            self.alpha / self.rank as f64
         }
 
         /// How many ranks the product of the pairs has, where they are less work than dW.
@@ -162,7 +173,7 @@ mod training {
             (layer.groups() == 1 && ranks * (outputs + inputs) <= outputs * inputs).then_some(ranks)
         }
 
-        /// Both pairs as [O, r] and [r, I * kernel], alpha / rank in the first of them.
+        /// Both pairs as [O, r] and [r, I * kernel].
         fn pairs(&self, pass: &Pass) -> Result<[(Tensor, Tensor); 2]> {
             let pair = |i: usize| {
                 let (a, b) = (&pass.parameters[2 * i], &pass.parameters[2 * i + 1]);
@@ -174,8 +185,18 @@ mod training {
                 let b = Tensor::f_einsum("pqk,qi->pik", &[core, b.shallow_clone()], None::<i64>)?;
                 Ok::<_, crate::error::Error>((a.f_transpose(0, 1)?, b.f_reshape([rank, -1])?))
             };
-            let (first, second) = (pair(0)?, pair(1)?);
-            Ok([(scaled(&first.0, self.alpha / self.rank as f64)?, first.1), second])
+            Ok([pair(0)?, pair(1)?])
+        }
+
+        /// Down and up of the LoRA of so many ranks, but for the scale.
+        fn factors(&self, pass: &Pass, ranks: usize) -> Result<[Tensor; 2]> {
+            let ([(a1, b1), (a2, b2)], own) = (self.pairs(pass)?, self.rank as i64);
+            let up = a1.f_narrow(1, 0, own)?.f_unsqueeze(2)?.f_mul(&a2.f_unsqueeze(1)?)?;
+            let down = b1.f_narrow(0, 0, own)?.f_unsqueeze(1)?.f_mul(&b2.f_unsqueeze(0)?)?;
+            let (mut wide, mut thin) = (long(&self.weight), vec![1; self.weight.len()]);
+            wide[0] = ranks as i64;
+            (thin[0], thin[1]) = (self.weight[0] as i64, ranks as i64);
+            Ok([down.f_reshape(wide)?, up.f_reshape(thin)?])
         }
     }
 
@@ -217,27 +238,72 @@ mod training {
 
         fn delta(&self, pass: &Pass) -> Result<Tensor> {
             let [(a1, b1), (a2, b2)] = self.pairs(pass)?;
-            Ok(a1.f_matmul(&b1)?.f_mul(&a2.f_matmul(&b2)?)?.f_reshape(pass.shape())?)
+            let product = a1.f_matmul(&b1)?.f_mul(&a2.f_matmul(&b2)?)?;
+            scaled(&product.f_reshape(pass.shape())?, self.scale())
         }
 
         fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
             let Some(ranks) = self.ranks(pass.layer) else { return by_delta(self, pass, x) };
-            let [(a1, b1), (a2, b2)] = self.pairs(pass)?;
-            let own = self.rank as i64;
-            let up = a1.f_narrow(1, 0, own)?.f_unsqueeze(2)?.f_mul(&a2.f_unsqueeze(1)?)?;
-            let down = b1.f_narrow(0, 0, own)?.f_unsqueeze(1)?.f_mul(&b2.f_unsqueeze(0)?)?;
-            let (mut wide, mut thin) = (long(&self.weight), vec![1; self.weight.len()]);
-            wide[0] = ranks as i64;
-            (thin[0], thin[1]) = (self.weight[0] as i64, ranks as i64);
-            let t = pass.layer.apply(x, &down.f_reshape(wide)?)?;
-            pass.dropped(pass.layer.pointwise(&t, &up.f_reshape(thin)?)?)
+            let [down, up] = self.factors(pass, ranks)?;
+            let t = scaled(&pass.layer.apply(x, &down)?, self.scale())?;
+            pass.dropped(pass.layer.pointwise(&t, &up)?)
         }
 
-        fn backward(&self, pass: &Pass, x: &Tensor, grad_y: &Tensor, want_input: bool) -> Result<Gradients> {
-            match self.ranks(pass.layer) {
-                Some(_) => differentiate(&|x| self.forward(pass, x), pass.parameters, x, grad_y, want_input),
-                None => through_delta(self, pass, x, grad_y, want_input),
+        fn add_forward(&self, pass: &Pass, x: &Tensor, y: &Tensor) -> Result<()> {
+            if !pass.linear_into(y) {
+                return add_output(self, pass, x, y);
             }
+            if let Some(ranks) = self.ranks(pass.layer) {
+                return self.lora.add_forward(
+                    &Pass { parameters: &self.factors(pass, ranks)?, ..*pass },
+                    x,
+                    y,
+                );
+            }
+            let [(a1, b1), (a2, b2)] = self.pairs(pass)?;
+            let delta = a1.f_matmul(&b1)?.f_mul_(&a2.f_matmul(&b2)?)?;
+            product(y, Factor(x, false), Factor(&delta, true), 1.0, self.scale())
+        }
+
+        fn accumulate(
+            &self,
+            pass: &Pass,
+            x: &Tensor,
+            grad_y: &Tensor,
+            want_input: bool,
+            into: &[Tensor],
+        ) -> Result<Option<Tensor>> {
+            if !pass.linear() {
+                return add_gradients(self.backward(pass, x, grad_y, want_input)?, into);
+            }
+            if let Some(ranks) = self.ranks(pass.layer) {
+                let factors = || self.factors(pass, ranks);
+                return self.lora.accumulate_through(&factors, pass, (x, grad_y), want_input, into);
+            }
+            let [(a1, b1), (a2, b2)] = self.pairs(pass)?;
+            let (m1, m2) = (a1.f_matmul(&b1)?, a2.f_matmul(&b2)?);
+            let input = match want_input {
+                true => {
+                    let grad_x = x.f_empty_like()?;
+                    product(
+                        &grad_x,
+                        Factor(grad_y, false),
+                        Factor(&m1.f_mul(&m2)?, false),
+                        0.0,
+                        self.scale(),
+                    )?;
+                    Some(grad_x)
+                }
+                false => None,
+            };
+            let grad = multiply(Factor(grad_y, true), Factor(x, false))?;
+            let pairs = [(a1, b1, m2), (a2, b2, m1)];
+            for ((a, b, mut other), into) in pairs.into_iter().zip(into.chunks(2)) {
+                let grad_m = other.f_mul_(&grad)?;
+                product(&into[0], Factor(&grad_m, false), Factor(&b, true), 1.0, self.scale())?;
+                product(&into[1], Factor(&a, true), Factor(&grad_m, false), 1.0, self.scale())?;
+            }
+            Ok(input)
         }
 
         fn shrunk(&self, ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {

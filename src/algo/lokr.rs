@@ -217,9 +217,11 @@ mod training {
     use super::{ALPHA, T2, W1, W2};
     use crate::algo::factorization::factorization;
     use crate::algo::training::{
-        by_delta, evenly, long, scaled, Begin, Init, Layer, Parameter, Pass, Rule, Trainable,
+        add_gradients, add_output, by_delta, evenly, long, scaled, Begin, Init, Layer, Parameter, Pass, Rule,
+        Trainable,
     };
     use crate::error::Result;
+    use crate::torch_ext::{multiply, product, Factor};
     use tch::{Kind, Tensor};
 
     pub(in crate::algo) const BEGIN: Begin =
@@ -260,15 +262,33 @@ mod training {
             }
         }
 
+        fn scale(&self) -> f64 {
+            self.rank().map_or(1.0, |rank| self.alpha / rank as f64)
+        }
+
+        /// The tensors of w1, and those of w2.
+        fn split<'a>(&self, all: &'a [Tensor]) -> (&'a [Tensor], &'a [Tensor]) {
+            all.split_at(1 + usize::from(self.thin[0]))
+        }
+
         /// w1 with the scale in it, and the tensors of w2.
         fn halves<'a>(&self, pass: &Pass<'a>) -> Result<(Tensor, &'a [Tensor])> {
-            let (w1, rest) = pass.parameters.split_at(1 + usize::from(self.thin[0]));
-            let w1 = match w1 {
-                [left, right] => left.f_matmul(right)?,
-                _ => w1[0].shallow_clone(),
-            };
-            let scale = self.rank().map_or(1.0, |rank| self.alpha / rank as f64);
-            Ok((scaled(&w1, scale)?, rest))
+            let (w1, rest) = self.split(pass.parameters);
+            Ok((scaled(&whole(w1)?, self.scale())?, rest))
+        }
+
+        /// Whether the halves one after the other are less work than dW. A group's outputs need not begin with a part.
+        fn in_parts(&self, layer: &Layer) -> bool {
+            let (halves, dense) = self.costs();
+            layer.groups() == 1 && halves < dense
+        }
+
+        /// On a Linear layer: w1 for each row of `like`, and `t = X down^T` [rows, b, k], where `w2 = up down`, or down alone.
+        fn inner(&self, pass: &Pass, parts: &Tensor, down: &Tensor) -> Result<(Tensor, Tensor)> {
+            let [a, b] = self.small.map(|n| n as i64);
+            let t = multiply(Factor(parts, false), Factor(down, true))?.f_view([-1, b, down.size()[0]])?;
+            let w1 = whole(self.split(pass.parameters).0)?.f_expand([t.size()[0], a, b], false)?;
+            Ok((w1, t))
         }
 
         /// Multiplications per position: of the halves one after the other, and of dW.
@@ -284,16 +304,29 @@ mod training {
         }
     }
 
-    /// w2 of its tensors, in any shape of its elements' order.
-    fn large(rest: &[Tensor]) -> Result<Tensor> {
-        Ok(match rest {
+    /// A half of its tensors, in any shape of its elements' order.
+    fn whole(half: &[Tensor]) -> Result<Tensor> {
+        Ok(match half {
             [left, right, core] => {
                 let all = [core.f_flatten(2, -1)?, left.shallow_clone(), right.shallow_clone()];
                 Tensor::f_einsum("ijk,ip,jq->pqk", &all, None::<i64>)?
             }
             [left, right] => left.f_matmul(right)?,
-            _ => rest[0].shallow_clone(),
+            _ => half[0].shallow_clone(),
         })
+    }
+
+    /// Of a Linear layer's w2: what acts on the input first, and what comes behind w1.
+    fn down_and_up(rest: &[Tensor]) -> (&Tensor, Option<&Tensor>) {
+        match rest {
+            [left, right, ..] => (right, Some(left)),
+            _ => (&rest[0], None),
+        }
+    }
+
+    /// The axes of [rows, parts, k] turned so that parts are first: [parts, rows * k].
+    fn by_part(t: &Tensor) -> Result<Tensor> {
+        Ok(t.f_transpose(0, 1)?.f_reshape([t.size()[1], -1])?)
     }
 
     impl Trainable for Training {
@@ -339,7 +372,7 @@ mod training {
 
         fn delta(&self, pass: &Pass) -> Result<Tensor> {
             let (w1, rest) = self.halves(pass)?;
-            let w2 = large(rest)?;
+            let w2 = whole(rest)?;
             let ([a, b], [c, d]) = (self.small.map(|n| n as i64), self.large.map(|n| n as i64));
             let (w1, w2) = (w1.f_reshape([a, 1, b, 1, 1])?, w2.f_reshape([1, c, 1, d, -1])?);
             Ok(w1.f_mul(&w2)?.f_reshape(pass.shape())?)
@@ -347,9 +380,7 @@ mod training {
 
         /// `kron(w1, w2) x` is `w1 X w2^T` for x as a matrix X [b, d]: w2 acts on b parts of the input, then w1 mixes the parts.
         fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
-            let (halves, dense) = self.costs();
-            // A group's outputs need not begin with a part.
-            if pass.layer.groups() > 1 || halves >= dense {
+            if !self.in_parts(pass.layer) {
                 return by_delta(self, pass, x);
             }
             let (layer, (w1, rest)) = (pass.layer, self.halves(pass)?);
@@ -384,11 +415,75 @@ mod training {
             pass.dropped(y.f_reshape([lead, &[a * c], spatial].concat())?)
         }
 
+        fn add_forward(&self, pass: &Pass, x: &Tensor, y: &Tensor) -> Result<()> {
+            if !pass.linear_into(y) || !self.in_parts(pass.layer) {
+                return add_output(self, pass, x, y);
+            }
+            let ([a, _], [c, d]) = (self.small.map(|n| n as i64), self.large.map(|n| n as i64));
+            let (down, up) = down_and_up(self.split(pass.parameters).1);
+            let (w1, t) = self.inner(pass, &x.f_reshape([-1, d])?, down)?;
+            match up {
+                Some(up) => {
+                    let y = y.f_view([-1, c])?;
+                    product(&y, Factor(&w1.f_bmm(&t)?, false), Factor(up, true), 1.0, self.scale())
+                }
+                None => {
+                    let _ = y.f_view([-1, a, c])?.f_baddbmm_(&w1, &scaled(&t, self.scale())?)?;
+                    Ok(())
+                }
+            }
+        }
+
+        /// With `t = X down^T`, `u = w1 t` and `y = s u up^T` the five gradients follow from those of u and t. Where w2 is whole it is down, and y
+        /// is s u.
+        fn accumulate(
+            &self,
+            pass: &Pass,
+            x: &Tensor,
+            grad_y: &Tensor,
+            want_input: bool,
+            into: &[Tensor],
+        ) -> Result<Option<Tensor>> {
+            if !pass.linear() || !self.in_parts(pass.layer) {
+                return add_gradients(self.backward(pass, x, grad_y, want_input)?, into);
+            }
+            let ([a, _], [c, d]) = (self.small.map(|n| n as i64), self.large.map(|n| n as i64));
+            let ((small, rest), scale) = (self.split(pass.parameters), self.scale());
+            let ((down, up), (into_small, into_rest)) = (down_and_up(rest), self.split(into));
+            let (into_down, into_up) = down_and_up(into_rest);
+            let (parts, grad_y) = (x.f_reshape([-1, d])?, grad_y.f_reshape([-1, a, c])?);
+            let (w1, t) = self.inner(pass, &parts, down)?;
+            let grad_u = match (up, into_up) {
+                (Some(up), Some(into_up)) => {
+                    product(into_up, Factor(&grad_y, true), Factor(&w1.f_bmm(&t)?, false), 1.0, scale)?;
+                    multiply(Factor(&grad_y, false), Factor(up, false))?.f_view([-1, a, up.size()[1]])?
+                }
+                _ => grad_y,
+            };
+            let (grad_rows, rows) = (by_part(&grad_u)?, by_part(&t)?);
+            match (small, into_small) {
+                ([left, right], [into_left, into_right]) => {
+                    let grad_w1 = multiply(Factor(&grad_rows, false), Factor(&rows, true))?;
+                    product(into_left, Factor(&grad_w1, false), Factor(right, true), 1.0, scale)?;
+                    product(into_right, Factor(left, true), Factor(&grad_w1, false), 1.0, scale)?;
+                }
+                _ => product(&into_small[0], Factor(&grad_rows, false), Factor(&rows, true), 1.0, scale)?,
+            }
+            let grad_t = w1.f_transpose(1, 2)?.f_bmm(&grad_u)?;
+            product(into_down, Factor(&grad_t, true), Factor(&parts, false), 1.0, scale)?;
+            if !want_input {
+                return Ok(None);
+            }
+            let grad_x = x.f_empty_like()?;
+            product(&grad_x.f_view([-1, d])?, Factor(&grad_t, false), Factor(down, false), 0.0, scale)?;
+            Ok(Some(grad_x))
+        }
+
         /// That of a Kronecker product is the product of both norms.
         fn norm(&self, pass: &Pass) -> Result<Tensor> {
             let (w1, rest) = self.halves(pass)?;
             let norm = |t: Tensor| t.f_to_kind(Kind::Double)?.f_norm();
-            Ok(norm(w1)?.f_mul(&norm(large(rest)?)?)?)
+            Ok(norm(w1)?.f_mul(&norm(whole(rest)?)?)?)
         }
 
         fn shrunk(&self, ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {

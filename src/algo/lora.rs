@@ -296,14 +296,6 @@ pub(super) mod training {
         fn scale(&self) -> f64 {
             self.alpha / self.rank as f64
         }
-
-        /// Down and up of a Linear layer from which nothing is left out.
-        fn linear<'a>(&self, pass: &Pass<'a>) -> Option<[&'a Tensor; 2]> {
-            match pass.parameters {
-                [down, up] if self.weight.len() == 2 && pass.whole() => Some([down, up]),
-                _ => None,
-            }
-        }
     }
 
     impl Trainable for Training {
@@ -385,9 +377,10 @@ pub(super) mod training {
         }
 
         fn add_forward(&self, pass: &Pass, x: &Tensor, y: &Tensor) -> Result<()> {
-            let Some([down, up]) = self.linear(pass).filter(|_| y.f_kind().ok() == Some(pass.compute)) else {
+            if !pass.linear_into(y) {
                 return add_output(self, pass, x, y);
-            };
+            }
+            let (down, up) = (&pass.parameters[0], &pass.parameters[1]);
             let t = multiply(Factor(x, false), Factor(down, true))?;
             product(y, Factor(&t, false), Factor(up, true), 1.0, self.scale())
         }
@@ -400,9 +393,10 @@ pub(super) mod training {
             want_input: bool,
             into: &[Tensor],
         ) -> Result<Option<Tensor>> {
-            let Some([down, up]) = self.linear(pass) else {
+            if !pass.linear() {
                 return add_gradients(self.backward(pass, x, grad_y, want_input)?, into);
-            };
+            }
+            let (down, up) = (&pass.parameters[0], &pass.parameters[1]);
             // Five products, the sums of two of them in the gradient's fp32.
             let t = multiply(Factor(x, false), Factor(down, true))?;
             let grad_t = multiply(Factor(grad_y, false), Factor(up, false))?;

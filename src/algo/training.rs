@@ -314,9 +314,9 @@ pub struct Pass<'a> {
     pub compute: Kind,
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
     /// The layer's weight, for algorithms that said that they need it.
-    pub fn base(&self) -> Result<&Tensor> {
+    pub fn base(&self) -> Result<&'a Tensor> {
         self.weight.ok_or_else(|| {
             let what = format!("`{}`: this algorithm computes with the layer's own weight", self.layer.name);
             Error::argument(what, "pass the weight with every forward and backward")
@@ -326,6 +326,16 @@ impl Pass<'_> {
     /// Whether chance leaves nothing out.
     pub fn whole(&self) -> bool {
         !self.draw.is_some_and(Draw::leaves_out)
+    }
+
+    /// Whether it is a Linear layer from which nothing is left out: then products of matrices are all there is.
+    pub fn linear(&self) -> bool {
+        self.layer.form == Form::Linear && self.whole()
+    }
+
+    /// Whether it is such a layer, and products may be summed in `y`.
+    pub fn linear_into(&self, y: &Tensor) -> bool {
+        self.linear() && y.f_kind().is_ok_and(|kind| kind == self.compute)
     }
 
     /// The weight's shape.
@@ -497,7 +507,7 @@ pub fn through_delta(
     grad_y: &Tensor,
     want_input: bool,
 ) -> Result<Gradients> {
-    if pass.layer.form != Form::Linear || !pass.whole() {
+    if !pass.linear() {
         return differentiate(&|x| module.forward(pass, x), pass.parameters, x, grad_y, want_input);
     }
     let flat = |t: &Tensor, axis: usize| t.f_detach()?.f_reshape([-1, pass.layer.weight[axis] as i64]);

@@ -212,7 +212,9 @@ char* lycore_ext_product(at::Tensor* out, const at::Tensor* a, bool turn_a, cons
     } else if (to.is_cuda() && to.scalar_type() == at::kFloat) {
       at::addmm_out(to, to, left, right, at::kFloat, beta, alpha);
     } else {
-      to.mul_(beta).add_(at::mm(left, right), alpha);
+      at::Tensor sum = at::mm(left, right);
+      // As in addmm: with a beta of 0, whatever is there before, NaN too, does not count.
+      (beta == 0 ? to.zero_() : to.mul_(beta)).add_(sum, alpha);
     }
   });
 }
