@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import comfy.model_management
+import comfy.ops
 import comfy.sample
 import torch
 
@@ -48,6 +49,14 @@ OPTIMIZERS = {
     "SGDNesterov": 1e-2,
 }
 """Choice -> a rate to begin with; None: it has a schedule of its own."""
+
+_FRESH = {
+    getattr(getattr(comfy.ops, family, None), kind, None)
+    for family in ("disable_weight_init", "manual_cast")
+    for kind in ("Linear", "Conv1d", "Conv2d", "Conv3d")
+}
+"""ComfyUI's own layers, whose forward gives the result of torch's function for them, and keeps nothing. These classes
+alone: those that other nodes derive from them, and those for other kernels, may do otherwise."""
 
 _PARTIAL = ("area", "mask", "control", "gligen", "hooks")
 
@@ -153,7 +162,8 @@ def attach(lycore: Any, network: Any, patcher: Any, asked: dict[str, Any]) -> li
     for path, layer in able:
         if _matches(path, chosen) and not _matches(path, left_out):
             try:
-                network.add(targets.file_name(f"diffusion_model.{path}.weight"), layer)
+                name = targets.file_name(f"diffusion_model.{path}.weight")
+                network.add(name, layer, fresh=type(layer) in _FRESH)
                 layers.append(layer)
             except lycore.UnsupportedError:
                 without.append(path)

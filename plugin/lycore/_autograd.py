@@ -26,29 +26,33 @@ if TYPE_CHECKING:
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-# Their outputs are fresh memory that no other node of the graph keeps, so the delta may be added in place.
+# Their outputs are fresh memory that no other node of the graph keeps, so the delta may be added in place. These alone:
+# what a subclass does with its output only its host knows.
 _FRESH = {nn.Linear, *_CONVOLUTIONS, *_NORMS}
 # The `out_proj` of torch's MultiheadAttention, which reads its weight and never calls it: a hook would not run.
 _NEVER_CALLED = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
-def hook(network: Network, index: int, layer: nn.Module, needs_weight: bool) -> Callable[..., torch.Tensor]:
+def hook(
+    network: Network, index: int, layer: nn.Module, needs_weight: bool, fresh: bool
+) -> Callable[..., torch.Tensor]:
     """A forward hook (with_kwargs) that adds module `index` to the layer's output."""
     anchor = torch.zeros((), requires_grad=True)
-    fresh = type(layer) in _FRESH
+    fresh = fresh or type(layer) in _FRESH
     axes = len(layer.kernel_size) if isinstance(layer, _CONVOLUTIONS) else 0
     owner = network._handle()
     address = c_void_p.from_param(owner).value
     operator = _operator(owner.library)
-    hooks = layer._forward_hooks
+    hooks, own = layer._forward_hooks, vars(layer)
 
     def add(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         x = inputs[0] if inputs else named["input"]
         # Read at every call: hosts move weights, and replace them.
         weight = layer.weight.detach().to(x.device) if needs_weight else None
         try:
-            # Another hook may have kept the output.
-            return operator(anchor, x, output, weight, address, index, axes, fresh and len(hooks) == 1)
+            # Another hook, or a forward that was put over the class's, may have kept the output.
+            alone = fresh and len(hooks) == 1 and "forward" not in own
+            return operator(anchor, x, output, weight, address, index, axes, alone)
         except RuntimeError as failure:
             raise errors.of_text(failure) from None
 

@@ -79,12 +79,14 @@ class Network(Closable):
         owner = self._handle()
         return json.loads(owner.library.text("lycore_network_config", owner))
 
-    def add(self, name: str, layer: torch.nn.Module) -> int | None:
+    def add(self, name: str, layer: torch.nn.Module, *, fresh: bool = False) -> int | None:
         """Puts a module on one layer (Linear, Conv1d, Conv2d, Conv3d; norms with `train_norm`) and returns its number;
         None where the config leaves the layer out.
 
         `name` is the layer's dotted path, or a name as it shall stand in the file. From here on the layer's output
-        has the module's delta added, so run the model only after `build`.
+        has the module's delta added, so run the model only after `build`. `fresh` says of a class of the host's own
+        what is known of torch's: each output is new memory that neither the layer nor its backward keeps. The delta
+        is then written into it, instead of into a copy.
         """
         from . import _autograd
 
@@ -96,7 +98,7 @@ class Network(Closable):
         self._call("lycore_network_needs_weight", index, byref(needs_weight))
         # Numbers are given in order, from 0.
         self.names.append(name)
-        hook = _autograd.hook(self, index.value, layer, needs_weight.value)
+        hook = _autograd.hook(self, index.value, layer, needs_weight.value, fresh)
         self._hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
         if self._device is None:
             self._device = next((p.device for p in layer.parameters()), None)

@@ -392,6 +392,34 @@ def test_layers_of_the_hosts_own_classes_are_trained(host):
     assert all(lora[key].abs().max() > 0 for key in lora if key.endswith("up.weight")) and len(lora) == 12
 
 
+class Derived(train_fakes.Linear):
+    """Of another node, which may do with its output what it likes."""
+
+
+@pytest.mark.parametrize(
+    ("linear", "in_place"), [(train_fakes.Linear, True), (train_fakes.CastLinear, True), (Derived, False)]
+)
+def test_outputs_of_the_hosts_own_layers_are_not_copied(host, monkeypatch, linear, in_place):
+    made, seen = {}, set()
+    forward = train_fakes.Linear.forward
+
+    def recorded(layer, x):
+        y = forward(layer, x)
+        made[layer] = y.data_ptr()
+        return y
+
+    def call(layer, x):
+        y = torch.nn.Module.__call__(layer, x)
+        if layer._forward_hooks:
+            seen.add(y.data_ptr() == made[layer])
+        return y
+
+    monkeypatch.setattr(train_fakes.Linear, "forward", recorded)
+    monkeypatch.setattr(train_fakes.Linear, "__call__", call)
+    host.train(model(linear=linear), layers="attn-only")
+    assert seen == {in_place}
+
+
 def test_everything_that_is_wrong_with_the_options_is_said_at_once(host):
     with pytest.raises(RuntimeError) as raised:
         host.train(model(), options='{"network_alpa": 8, "learning_rate": 1, "lr_scheduler": "cosin"}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -171,6 +172,14 @@ def test_weights_of_sixteen_bits_are_cast_and_not_changed(world, dtype, precisio
         _, _, steps, file = train(world, patcher, *same, steps=12, mixed_precision=precision)
     core = world.comfy.sd.load_lora_for_models(patcher, None, load_file(world.loras / file), 1.0, 0.0)[0]
     assert steps == 12 and denoised_error(world, core, *same) < before
+
+
+@pytest.mark.parametrize("kind", ["eps", "flux", "wan"])
+def test_comfyuis_own_layers_are_known(world, kind):
+    known = sys.modules[world.train.__module__.replace(".train", ".train_setup")]._FRESH
+    layers = [part for part in made(world, kind)[0].model.modules() if getattr(part, "weight", None) is not None]
+    kinds = {type(part) for part in layers if part.weight.ndim >= 2 and "Embedding" not in type(part).__name__}
+    assert kinds and kinds <= known and None not in known
 
 
 def test_a_model_with_loras_is_trained_with_them(world):

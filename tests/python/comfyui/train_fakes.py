@@ -58,7 +58,18 @@ KINDS = {"eps": Eps, "v": V, "edm": Edm, "flow": Flow}
 
 
 class Linear(nn.Linear):
-    """A layer of the host's own class, as all its layers are."""
+    """A layer of the host's own class, as all its layers are: it can cast its weights at each call."""
+
+    casts = False
+
+    def forward(self, x):
+        if not self.casts:
+            return super().forward(x)
+        return nn.functional.linear(x, self.weight.to(x), None if self.bias is None else self.bias.to(x))
+
+
+class CastLinear(Linear):
+    casts = True
 
 
 class PackedLinear(nn.Module):
@@ -212,9 +223,10 @@ class OutOfMemory(RuntimeError):
 
 def modules(folder, management, paths):
     """The host's modules that only training needs; completes the other two."""
-    samplers, helpers, sample, utils = (
-        ModuleType(name) for name in ("comfy.samplers", "comfy.sampler_helpers", "comfy.sample", "comfy.utils")
+    samplers, helpers, sample, utils, ops = (
+        ModuleType(f"comfy.{name}") for name in ("samplers", "sampler_helpers", "sample", "utils", "ops")
     )
+    ops.disable_weight_init, ops.manual_cast = SimpleNamespace(Linear=Linear), SimpleNamespace(Linear=CastLinear)
     samplers.Sampler, samplers.CFGGuider = Sampler, CFGGuider
     samplers.process_conds, samplers.calc_cond_batch = process_conds, calc_cond_batch
     helpers.convert_cond = convert_cond
@@ -244,4 +256,4 @@ def modules(folder, management, paths):
 
     paths.get_folder_paths = lambda kind: [str(folder)]
     paths.get_save_image_path = get_save_image_path
-    return [samplers, helpers, sample, utils]
+    return [samplers, helpers, sample, utils, ops]

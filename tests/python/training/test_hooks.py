@@ -345,6 +345,47 @@ def test_detached_layers_compute_the_base_bit_for_bit(how):
     assert all(torch.equal(p, weights_before[name]) for name, p in model.named_parameters())
 
 
+class Curved(nn.Linear):
+    """Its backward keeps its output."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).exp()
+
+
+@pytest.mark.parametrize("how", ["subclass", "instance"])
+def test_an_output_that_a_backward_keeps_is_not_written_into(how, tmp_path):
+    one = One(Curved(7, 5) if how == "subclass" else nn.Linear(7, 5), tmp_path)
+    if how == "instance":
+        plain = one.layer.forward
+        one.layer.forward = lambda x: plain(x).exp()
+    x, grad_y = noise(3, 7).requires_grad_(), weights(torch.Size((3, 5)))
+    y = one.layer(x)
+    leaf = x.detach().double().requires_grad_()
+    base = functional.linear(leaf, one.plain.weight.double(), one.plain.bias.double()).exp()
+    want = base + explicit(one.plain, leaf, one.down, one.up, one.scale, bias=False)
+    assert off(y, want.detach()) <= EXACT
+    (y * grad_y).sum().backward()
+    (want * grad_y).sum().backward()
+    assert off(x.grad, leaf.grad) <= EXACT
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_an_output_of_a_hosts_class_is_written_into_where_the_host_allows_it(fresh):
+    made = []
+
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            made.append(y.data_ptr())
+            return y
+
+    layer = Own(7, 5)
+    network = lycore.Network({"network_dim": 2})
+    network.add("layer", layer, fresh=fresh)
+    network.build()
+    assert (layer(noise(3, 7)).data_ptr() == made[0]) == fresh
+
+
 def test_two_networks_on_one_layer_add_up(tmp_path):
     layer = nn.Linear(7, 5)
     first = One(layer, tmp_path)
