@@ -75,9 +75,14 @@ def supported(layer: nn.Module) -> bool:
 
 
 def _linear(layer: nn.Module) -> bool:
-    """nn.Linear, or a layer that says the same of itself: hosts have quantised ones of their own class."""
+    """nn.Linear, or a layer that says the same of itself: hosts have quantised ones of their own class. With three axes
+    a weight is a bank of experts, which are not called as layers.
+    """
     sizes = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
-    return isinstance(layer, nn.Linear) or ("weight" in layer._parameters and all(isinstance(n, int) for n in sizes))
+    weight = layer._parameters.get("weight")
+    return isinstance(layer, nn.Linear) or (
+        weight is not None and weight.ndim <= 2 and all(isinstance(n, int) for n in sizes)
+    )
 
 
 def describe(name: str, layer: nn.Module) -> tuple[lycore_layer, tuple[Any, ...]]:

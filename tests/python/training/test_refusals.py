@@ -176,6 +176,18 @@ def test_a_layer_that_torch_never_calls_is_refused():
         lycore.Network().add("self_attn.out_proj", model.self_attn.out_proj)
 
 
+def test_a_bank_of_experts_is_no_linear_layer():
+    """ComfyUI's has the sizes of one expert and a weight of all; its model asks it for experts and never calls it."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Module())
+    model[1].in_features = model[1].out_features = 4
+    model[1].weight = nn.Parameter(torch.zeros(2, 4, 4))
+    assert lycore.Network().attach(model) == ["0"]
+    with pytest.raises(lycore.UnsupportedError, match="is a Module"):
+        lycore.Network().add("1", model[1])
+    model[1].weight = nn.Parameter(torch.zeros(4, 4))
+    assert lycore.Network().attach(model) == ["0", "1"]
+
+
 def test_attach_chooses_layers_by_pattern_by_function_or_takes_all():
     for targets, expected in [
         (None, LAYERS),
