@@ -4,6 +4,8 @@
 
 mod boft;
 #[cfg(feature = "torch")]
+mod dora;
+#[cfg(feature = "torch")]
 pub mod draw;
 #[cfg(feature = "torch")]
 mod dylora;
@@ -168,7 +170,7 @@ pub fn begin(
     let inner = (begin.new)(layer, rule, weight)?;
     match rule.decompose.filter(|_| !layer.is_norm()) {
         None => Ok(inner),
-        Some(on_output) => extras::decompose(layer, inner, on_output, weight),
+        Some(on_output) => dora::decompose(layer, inner, on_output, weight),
     }
 }
 

@@ -1,6 +1,7 @@
 //! What tch does not bind: exact fp32 products, the caller's stream, finding libtorch's CUDA half, products in place, an operator for a
 //! module in libtorch's graph.
 
+use crate::cuda::{self, Gpu, Launcher};
 use crate::error::{Error, Result};
 use once_cell::sync::OnceCell;
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
@@ -9,6 +10,7 @@ extern "C" {
     fn lycore_ext_libtorch_address() -> *mut c_void;
     fn lycore_ext_free_text(text: *mut c_char);
     fn lycore_ext_scope_open(device: c_int, stream: *mut c_void, out: *mut *mut c_void) -> *mut c_char;
+    fn lycore_ext_current_stream(device: c_int, out: *mut *mut c_void) -> *mut c_char;
     fn lycore_ext_scope_stream(scope: *mut c_void) -> *mut c_void;
     fn lycore_ext_scope_close(scope: *mut c_void);
     fn lycore_ext_product(
@@ -108,6 +110,17 @@ pub fn multiply(a: Factor, b: Factor) -> Result<tch::Tensor> {
         failed(lycore_ext_multiply(a.0.as_ptr().cast(), a.1, b.0.as_ptr().cast(), b.1, &mut out))?;
         Ok(tch::Tensor::from_ptr(out.cast()))
     }
+}
+
+/// Runs `work`, which launches kernels where libtorch's work of this thread on that device goes.
+pub fn on_current_stream<T>(gpu: &'static Gpu, work: impl FnOnce(&Launcher) -> Result<T>) -> Result<T> {
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: `stream` is written on success: the thread's current one, which is alive.
+    let stream = unsafe {
+        failed(lycore_ext_current_stream(gpu.index() as c_int, &mut stream))?;
+        cuda::Stream::from_raw(stream)
+    };
+    gpu.beside(stream, work)
 }
 
 /// A CUDA device and, unless it is NULL, a stream of the caller on it (`cudaStream_t`).

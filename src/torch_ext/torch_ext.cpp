@@ -96,6 +96,12 @@ struct Scope {
   c10::Stream previous{c10::Stream::DEFAULT, c10::Device(c10::DeviceType::CPU)};
 };
 
+// The cudaStream_t that the calling thread's work on a CUDA device goes to.
+void* current_stream(int device) {
+  c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
+  return guard.getStream(c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device))).native_handle();
+}
+
 // A tensor's last axis as columns and all others as rows, or turned.
 at::Tensor matrix(const at::Tensor& t, bool turned) {
   at::Tensor flat = t.dim() == 2 ? t : t.reshape({-1, t.size(-1)});
@@ -261,11 +267,14 @@ char* lycore_ext_scope_open(int device, void* stream, void** out) {
       scope->has_stream = true;
       scope->handle = stream;
     } else if (device >= 0) {
-      c10::impl::VirtualGuardImpl guard(c10::DeviceType::CUDA);
-      scope->handle = guard.getStream(c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device))).native_handle();
+      scope->handle = current_stream(device);
     }
     *out = scope.release();
   });
+}
+
+char* lycore_ext_current_stream(int device, void** out) {
+  return told([&] { *out = current_stream(device); });
 }
 
 // The cudaStream_t that libtorch's work on the scope's device goes to.

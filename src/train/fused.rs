@@ -13,7 +13,7 @@ use super::schedule::Schedule;
 use crate::cuda::{self, Arg, Gpu, Launcher};
 use crate::dtype::Float;
 use crate::error::{Error, Result};
-use crate::torch_ext::{Scope, Stream};
+use crate::torch_ext::on_current_stream;
 use tch::{Device, Kind, Tensor};
 
 /// Elements whose squares one block sums.
@@ -165,7 +165,7 @@ impl Fused {
     /// Enqueues one update on the current stream. A gradient that is not finite changes nothing; it is cleared and counted if `forgiving`,
     /// else kept.
     pub fn step(&mut self, forgiving: bool, schedule: &Schedule) -> Result<()> {
-        let captured = self.on_stream(Launcher::is_capturing)?;
+        let captured = on_current_stream(self.gpu, Launcher::is_capturing)?;
         if captured && !forgiving {
             return Err(Error::argument(
                 "a step that tells what it did waits for the device, which a CUDA graph that is being captured cannot",
@@ -178,7 +178,7 @@ impl Fused {
             self.expect(1, schedule)?;
         }
         let job = Job { forgiving: u32::from(forgiving), ..self.job };
-        self.on_stream(|launcher| {
+        on_current_stream(self.gpu, |launcher| {
             let arguments = [Arg::plain(&job)];
             // SAFETY: the job is the kernels' only parameter; it points to tensors that live as long as the network and have the sizes
             // that it tells. The host orders what it does with them by its streams.
@@ -277,13 +277,6 @@ impl Fused {
         let mut fields = [0.0; FIELDS];
         self.clock.f_narrow(0, 0, FIELDS as i64)?.f_copy_data(&mut fields, FIELDS)?;
         Ok(fields)
-    }
-
-    /// Launches on the stream that libtorch's work of this thread goes to.
-    fn on_stream<T>(&self, work: impl FnOnce(&Launcher) -> Result<T>) -> Result<T> {
-        let scope = Scope::open(Some(Stream { device: self.gpu.index(), handle: std::ptr::null_mut() }))?;
-        // SAFETY: the thread's current stream.
-        self.gpu.beside(unsafe { cuda::Stream::from_raw(scope.stream()) }, work)
     }
 }
 
