@@ -1,10 +1,16 @@
-// One update of all parameters over the flat buffers, in three launches. src/train/fused.rs mirrors the structs; the formulas are those of
+// One update of all parameters over the flat buffers, in three launches or five. src/train/fused.rs mirrors the structs; the formulas are those of
 // src/train/optim/, where each stands in the head of its file.
 //
 //   squares  partial[block] = sum of g^2 over PART elements, fp32 in a thread, fp64 above; 256 threads; reads 4 bytes an element
 //   decide   the norm, whether it is finite, clip, learning rate, and in fp64 what the rule makes of the step; one block of 1024 threads
 //   update   the rule, the average of the parameters, the working copy, a gradient of zero; 256 threads of 4 elements each. AdamW with all of
 //            these reads 20 and writes 22 bytes an element. In 8 bits: a warp for each 256 elements that share a scale.
+//
+// Rules that find the size of their steps, d, from sums over all elements take two more, between decide and update:
+//
+//   gather   the state, and partial sums of <g, .> and |s|_1 over PART elements, in fp64; 256 threads. Prodigy reads 24 and writes 12 bytes an
+//            element
+//   measure  d, and what update needs of it, from the sums; one block of 1024 threads
 //
 // All that changes from step to step lies in the clock, so a captured graph of the three goes on by itself. Sums have a fixed order: the same
 // gradients give the same bits.
@@ -37,13 +43,14 @@ struct Job {
   float* ema;  // may be NULL
   void* working;                   // may be NULL
   void* state[10];
-  double* carried[2];
+  double* carried[4];
   Clock* clock;
-  double* partial;
+  double* partial;  // `parts` numbers; for rules that find d three times as many
+  struct Moment* moment;
   const Range* ranges;
   const double* factors;  // one per range
   float* scalars;         // 16 per range
-  double numbers[8];
+  double numbers[12];
   double average, max_norm, ema_share;
   u64 count;  // a multiple of 4
   u32 parts, range_count, blocks;
@@ -182,7 +189,182 @@ struct RAdamScheduleFree : ScheduleFree {
   }
 };
 
-// ---- the three launches
+// ---- rules that find d: `scalars` and `gather` before it is known, `measure`, and `later` and `apply` behind that. Moment's a is c, the rate of the
+// whole step, b the d before it, c how much counts: 0 where nothing shall happen.
+
+// As torch's sign.
+__device__ __forceinline__ float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : 0.0f; }
+
+// Adam's sqrt(1 - b2^t) / (1 - b1^t).
+__device__ __forceinline__ double bias_correction(double b1, double b2, double t) { return sqrt(1.0 - pow(b2, t)) / (1.0 - pow(b1, t)); }
+
+// What a thread's elements add to the two sums.
+struct Found {
+  double inner, length;
+};
+
+// Carried: d, r, the largest d, updates that changed anything. State: m, v, s, p0.
+struct Prodigy {
+  struct Numbers {
+    double b1, b2, b3, eps, decay, coupled, bias, safeguard, d0, coefficient, growth;
+    double every;
+  };
+  struct Scalars {
+    float start, counts, coupled, keep_mean, mean, keep_square, square, keep_sum, sum, factor;
+  };
+  struct Later {
+    float decay, rate, eps;
+  };
+  static __device__ void common(const Numbers& n, Moment& m, double* const* carried) {
+    m.b = *carried[0];
+    m.a = m.b * m.rate * (n.bias != 0.0 ? bias_correction(n.b1, n.b2, *carried[3] + 1.0) : 1.0);
+    m.c = m.rate != 0.0;
+  }
+  static __device__ Scalars scalars(const Numbers& n, const Moment& m, double factor) {
+    const double d = m.b;
+    return {float(m.t == 1.0), float(m.c), float(n.coupled), float(n.b1), float(d * (1.0 - n.b1)), float(n.b2), float(d * d * (1.0 - n.b2)),
+            float(n.b3), float(d / n.d0 * (n.safeguard != 0.0 ? d : m.a)), float(factor)};
+  }
+  // The sampled elements of s and p0 lie side by side.
+  static __device__ __forceinline__ bool sampled(const Job& job, u64& at) {
+    const u64 every = u64(reinterpret_cast<const Numbers*>(job.numbers)->every);
+    if (every == 1) return true;
+    const bool taken = at % every == 0;
+    at /= every;
+    return taken;
+  }
+  static __device__ __forceinline__ void gather(const Job& job, const Scalars& n, u64 at, float g, float& p, Found& found) {
+    float *mean = static_cast<float*>(job.state[0]) + at, *square = static_cast<float*>(job.state[1]) + at;
+    u64 index = at;
+    const bool taken = sampled(job, index);
+    float *sum = static_cast<float*>(job.state[2]) + index, *from = static_cast<float*>(job.state[3]) + index;
+    if (taken && n.start != 0.0f) *from = p;
+    if (n.counts == 0.0f) return;
+    g = fmaf(p, n.coupled, g);
+    *mean = fmaf(g, n.mean, *mean * n.keep_mean);
+    *square = fmaf(g * n.square, g, *square * n.keep_square);
+    if (!taken) return;
+    const float s = fmaf(g, n.sum, *sum * n.keep_sum);
+    *sum = s;
+    found.inner += double((*from - p) * g);
+    found.length += double(fabsf(s)) * n.factor;
+  }
+  static __device__ void measure(const Numbers& n, Moment& m, double* const* carried, const Found& found) {
+    const double d = m.b, r = *carried[1] * n.b3 + d / n.d0 * m.a * found.inner, estimate = r * n.coefficient / found.length;
+    m.c = found.length > 0.0;
+    if (m.c == 0.0) return;
+    const double raised = d == n.d0 ? fmax(d, estimate) : d, largest = fmax(*carried[2], estimate);
+    *carried[0] = n.growth > 0.0 ? fmin(largest, raised * n.growth) : largest;
+    *carried[1] = r;
+    *carried[2] = largest;
+    *carried[3] += 1.0;
+  }
+  static __device__ Later later(const Numbers& n, const Moment& m, double* const* carried, double factor) {
+    const double rate = -m.a * m.c * factor;
+    return {float(rate * n.decay), float(rate), float(*carried[0] * n.eps)};
+  }
+  static __device__ __forceinline__ void apply(const Job& job, const Later& n, u64 at, float& p) {
+    const float mean = static_cast<const float*>(job.state[0])[at], square = static_cast<const float*>(job.state[1])[at];
+    p = fmaf(p, n.decay, p);
+    p += mean * n.rate / (sqrtf(square) + n.eps);
+  }
+};
+
+// Carried: d, r, updates that changed anything. State: m, v, s.
+struct DAdaptAdam {
+  struct Numbers {
+    double b1, b2, eps, decay, coupled, bias, growth;
+  };
+  struct Scalars {
+    float counts, coupled, eps, keep_mean, mean, keep_square, square, keep_sum, sum, factor;
+  };
+  struct Later {
+    float decay, counts, eps;
+  };
+  static __device__ void common(const Numbers& n, Moment& m, double* const* carried) {
+    m.b = *carried[0];
+    m.a = m.b * m.rate * (n.bias != 0.0 ? bias_correction(n.b1, n.b2, *carried[2] + 1.0) : 1.0);
+    m.c = m.rate != 0.0;
+  }
+  static __device__ Scalars scalars(const Numbers& n, const Moment& m, double factor) {
+    const double q = sqrt(n.b2);
+    return {float(m.c), float(n.coupled), float(n.eps), float(n.b1), float(m.a * factor * (1.0 - n.b1)), float(n.b2), float(1.0 - n.b2),
+            float(q), float(m.a * (1.0 - q)), float(factor)};
+  }
+  static __device__ __forceinline__ void gather(const Job& job, const Scalars& n, u64 at, float g, float& p, Found& found) {
+    float *mean = static_cast<float*>(job.state[0]) + at, *square = static_cast<float*>(job.state[1]) + at;
+    float* sum = static_cast<float*>(job.state[2]) + at;
+    if (n.counts == 0.0f) return;
+    g = fmaf(p, n.coupled, g);
+    found.inner += double(*sum / (sqrtf(*square) + n.eps) * g) * n.factor;
+    *mean = fmaf(g, n.mean, *mean * n.keep_mean);
+    *square = fmaf(g * n.square, g, *square * n.keep_square);
+    const float s = fmaf(g, n.sum, *sum * n.keep_sum);
+    *sum = s;
+    found.length += double(fabsf(s)) * n.factor;
+  }
+  static __device__ void measure(const Numbers& n, Moment& m, double* const* carried, const Found& found) {
+    const double q = sqrt(n.b2), d = m.b, r = *carried[1] * q + found.inner * m.a * (1.0 - q);
+    double bound = r / (found.length * (1.0 - q));
+    if (n.growth > 0.0) bound = fmin(bound, d * n.growth);
+    m.b = m.c;
+    m.c = found.length > 0.0;
+    if (m.c == 0.0) return;
+    *carried[0] = fmax(d, bound);
+    *carried[1] = r;
+    *carried[2] += 1.0;
+  }
+  static __device__ Later later(const Numbers& n, const Moment& m, double* const*, double factor) {
+    return {float(-m.a * m.c * n.decay * factor), float(m.b), float(n.eps)};
+  }
+  static __device__ __forceinline__ void apply(const Job& job, const Later& n, u64 at, float& p) {
+    const float mean = static_cast<const float*>(job.state[0])[at], square = static_cast<const float*>(job.state[1])[at];
+    p = fmaf(p, n.decay, p);
+    p -= n.counts * (mean / (sqrtf(square) + n.eps));
+  }
+};
+
+// Carried: d, r. State: m, s. Parameters move before d is found.
+struct DAdaptLion {
+  struct Numbers {
+    double b1, b2, decay;
+  };
+  struct Scalars {
+    float decay, rate, keep_sign, sign, keep_mean, mean, keep_sum, sum;
+  };
+  struct Later {};
+  static __device__ void common(const Numbers&, Moment& m, double* const* carried) {
+    m.b = *carried[0];
+    m.a = m.b * m.rate;
+    m.c = m.rate > 0.0;
+  }
+  static __device__ Scalars scalars(const Numbers& n, const Moment& m, double factor) {
+    const double q = sqrt(n.b2), rate = m.a * factor;
+    return {float(1.0 - rate * n.decay), float(rate), float(n.b1), float(1.0 - n.b1), float(n.b2), float(m.a * (1.0 - n.b2)), float(q),
+            float(m.a * (1.0 - q))};
+  }
+  static __device__ __forceinline__ void gather(const Job& job, const Scalars& n, u64 at, float g, float& p, Found& found) {
+    float *mean = static_cast<float*>(job.state[0]) + at, *sum = static_cast<float*>(job.state[1]) + at;
+    // Rounded one by one, as the sign must be that of the other path.
+    const float update = sign(__fadd_rn(__fmul_rn(*mean, n.keep_sign), __fmul_rn(g, n.sign)));
+    p = p * n.decay - update * n.rate;
+    static_cast<float*>(job.master)[at] = p;
+    *mean = __fadd_rn(__fmul_rn(*mean, n.keep_mean), __fmul_rn(g, n.mean));
+    found.inner += double(update * *sum);
+    const float s = fmaf(update, n.sum, *sum * n.keep_sum);
+    *sum = s;
+    found.length += double(fabsf(s));
+  }
+  static __device__ void measure(const Numbers& n, Moment& m, double* const* carried, const Found& found) {
+    const double q = sqrt(n.b2), r = *carried[1] * q + found.inner * m.a * (1.0 - q);
+    *carried[1] = r;
+    if (m.c != 0.0 && found.length > 0.0) *carried[0] = fmax(m.b, r / (found.length * (1.0 - q)));
+  }
+  static __device__ Later later(const Numbers&, const Moment&, double* const*, double) { return {}; }
+  static __device__ __forceinline__ void apply(const Job&, const Later&, u64, float&) {}
+};
+
+// ---- the launches
 
 // The sum over a block, in its first thread.
 template <int THREADS>
@@ -242,6 +424,7 @@ __device__ void decide(const Job& job) {
   }
   __syncthreads();
   if (!updates) return;
+  if (job.moment && threadIdx.x == 0) *job.moment = moment;
   for (u32 i = threadIdx.x; i < job.range_count; i += 1024) {
     *reinterpret_cast<typename Rule::Scalars*>(job.scalars + i * 16) = Rule::scalars(numbers, moment, job.factors[i]);
   }
@@ -258,6 +441,17 @@ __device__ __forceinline__ Four load(const void* buffer, u64 at) {
 
 __device__ __forceinline__ void store(void* buffer, u64 at, const Four& x) {
   *reinterpret_cast<float4*>(static_cast<float*>(buffer) + at) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
+}
+
+// The range of an element.
+__device__ __forceinline__ u32 range_of(const Job& job, u64 at) {
+  u32 range = 0, last = job.range_count - 1;
+  while (range < last) {
+    const u32 middle = (range + last) / 2;
+    if (at < job.ranges[middle].end) last = middle;
+    else range = middle + 1;
+  }
+  return range;
 }
 
 // The gradient is cleared without an update when one is left out for good.
@@ -285,13 +479,7 @@ __device__ __forceinline__ void update(const Job& job) {
 #pragma unroll
   for (int i = 0; i < Rule::BUFFERS; i++) state[i] = load(job.state[i], at);
   if (job.ema) ema = load(job.ema, at);
-  u32 range = 0, last = job.range_count - 1;
-  while (range < last) {
-    const u32 middle = (range + last) / 2;
-    if (at < job.ranges[middle].end) last = middle;
-    else range = middle + 1;
-  }
-  const auto scalars = *reinterpret_cast<const typename Rule::Scalars*>(job.scalars + range * 16);
+  const auto scalars = *reinterpret_cast<const typename Rule::Scalars*>(job.scalars + range_of(job, at) * 16);
   const float scale = float(job.clock->scale), share = float(job.ema_share);
 #pragma unroll
   for (int e = 0; e < 4; e++) {
@@ -318,6 +506,81 @@ RULE(sgd, Sgd)
 RULE(lion, Lion)
 RULE(adamw_schedule_free, AdamWScheduleFree)
 RULE(radam_schedule_free, RAdamScheduleFree)
+
+// ---- rules that find d
+
+template <class Rule>
+__device__ __forceinline__ void gather(const Job& job) {
+  if (job.clock->updated == 0.0) return;
+  const float scale = float(job.clock->scale);
+  Found found = {};
+  for (u32 i = 0; i < PART; i += 256) {
+    const u64 at = u64(blockIdx.x) * PART + i + threadIdx.x;
+    if (at >= job.count) break;
+    const auto scalars = *reinterpret_cast<const typename Rule::Scalars*>(job.scalars + range_of(job, at) * 16);
+    float p = job.master[at];
+    Rule::gather(job, scalars, at, job.gradient[at] * scale, p, found);
+  }
+  const double inner = total<256>(found.inner);
+  __syncthreads();
+  const double length = total<256>(found.length);
+  if (threadIdx.x == 0) {
+    job.partial[job.parts + blockIdx.x] = inner;
+    job.partial[2 * job.parts + blockIdx.x] = length;
+  }
+}
+
+template <class Rule>
+__device__ __forceinline__ void measure(const Job& job) {
+  __shared__ Moment moment;
+  if (job.clock->updated == 0.0) return;
+  const auto& numbers = *reinterpret_cast<const typename Rule::Numbers*>(job.numbers);
+  Found found = {};
+  for (u32 i = threadIdx.x; i < job.parts; i += 1024) {
+    found.inner += job.partial[job.parts + i];
+    found.length += job.partial[2 * job.parts + i];
+  }
+  found.inner = total<1024>(found.inner);
+  __syncthreads();
+  found.length = total<1024>(found.length);
+  if (threadIdx.x == 0) {
+    moment = *job.moment;
+    Rule::measure(numbers, moment, job.carried, found);
+  }
+  __syncthreads();
+  for (u32 i = threadIdx.x; i < job.range_count; i += 1024) {
+    *reinterpret_cast<typename Rule::Later*>(job.scalars + i * 16) = Rule::later(numbers, moment, job.carried, job.factors[i]);
+  }
+}
+
+template <class Rule>
+__device__ __forceinline__ void follow(const Job& job) {
+  const u64 at = (u64(blockIdx.x) * 256 + threadIdx.x) * 4;
+  if (at >= job.count) return;
+  if (job.clock->updated == 0.0) {
+    if (clears(job)) store(job.gradient, at, {});
+    return;
+  }
+  Four p = load(job.master, at), ema = job.ema ? load(job.ema, at) : p;
+  const auto later = *reinterpret_cast<const typename Rule::Later*>(job.scalars + range_of(job, at) * 16);
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    Rule::apply(job, later, at + e, p.v[e]);
+    ema.v[e] = lerp(ema.v[e], p.v[e], float(job.ema_share));
+  }
+  store(job.gradient, at, {});
+  finish(job, at, p, ema);
+}
+
+#define MEASURED(name, Rule)                                                                                 \
+  extern "C" __global__ void __launch_bounds__(1024) decide_##name(const Job job) { decide<Rule>(job); }     \
+  extern "C" __global__ void __launch_bounds__(256) gather_##name(const Job job) { gather<Rule>(job); }      \
+  extern "C" __global__ void __launch_bounds__(1024) measure_##name(const Job job) { measure<Rule>(job); }   \
+  extern "C" __global__ void __launch_bounds__(256) update_##name(const Job job) { follow<Rule>(job); }
+
+MEASURED(prodigy, Prodigy)
+MEASURED(dadapt_adam, DAdaptAdam)
+MEASURED(dadapt_lion, DAdaptLion)
 
 // ---- AdamW with means in 8 bits
 

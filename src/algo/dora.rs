@@ -360,8 +360,8 @@ impl Trainable for Decomposed {
 
 #[cfg(test)]
 mod tests {
-    use crate::algo::training::{long, Rule};
     use super::*;
+    use crate::algo::training::{long, Rule};
     use crate::algo::training_tests::{rule, wave};
     use crate::merge::bypass::Geometry;
 

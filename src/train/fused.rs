@@ -22,6 +22,8 @@ const PART: usize = 16384;
 const RATES: usize = 4096;
 /// Elements of a block of the update.
 const BLOCK: usize = 1024;
+/// Numbers of the kernels' Moment.
+const MOMENT: usize = 5;
 /// Warps of a block of the update in 8 bits.
 const WARPS: usize = 8;
 /// Elements that share a scale in 8 bits.
@@ -47,13 +49,14 @@ struct Job {
     ema: u64,
     working: u64,
     state: [u64; 10],
-    carried: [u64; 2],
+    carried: [u64; 4],
     clock: u64,
     partial: u64,
+    moment: u64,
     ranges: u64,
     factors: u64,
     scalars: u64,
-    numbers: [f64; 8],
+    numbers: [f64; 12],
     average: f64,
     max_norm: f64,
     ema_share: f64,
@@ -68,8 +71,10 @@ struct Job {
 /// A network's updates on a GPU.
 pub(super) struct Fused {
     gpu: &'static Gpu,
-    decide: String,
-    update: String,
+    /// The rule's name in that of its kernels.
+    kernel: &'static str,
+    /// Whether it finds the size of its steps from sums over all parameters.
+    measured: bool,
     job: Job,
     /// Blocks of the update.
     grid: u32,
@@ -108,7 +113,9 @@ impl Fused {
             (here(Tensor::f_from_slice(&ranges)?)?, here(Tensor::f_from_slice(&factors)?)?);
         let zeros = |length: usize, kind| Tensor::f_zeros([length as i64], (kind, device));
         let scalars = zeros(factors.numel() * 16, Kind::Float)?;
-        let partial = zeros(count.div_ceil(PART), Kind::Double)?;
+        let parts = count.div_ceil(PART);
+        let partial = zeros(if rule.measured { 3 * parts } else { parts }, Kind::Double)?;
+        let moment = zeros(MOMENT, Kind::Double)?;
         let clock = zeros(FIELDS + RATES, Kind::Double)?;
         let at = |tensor: &Tensor| tensor.data_ptr() as u64;
         let mut job = Job {
@@ -125,7 +132,8 @@ impl Fused {
             max_norm: config.max_grad_norm,
             ema_share: 1.0 - config.ema_decay.unwrap_or(0.0),
             count: count as u64,
-            parts: partial.numel() as u32,
+            moment: if rule.measured { at(&moment) } else { 0 },
+            parts: parts as u32,
             range_count: factors.numel() as u32,
             blocks: blocks as u32,
             working_dtype: u32::from(params.compute() == kind(Float::BF16)) + 1,
@@ -141,12 +149,12 @@ impl Fused {
         };
         let mut fused = Fused {
             gpu,
-            decide: format!("decide_{}", rule.kernel),
-            update: format!("update_{}", rule.kernel),
+            kernel: rule.kernel,
+            measured: rule.measured,
             job,
             grid: grid as u32,
             clock,
-            _tables: vec![ranges, factors, scalars, partial],
+            _tables: vec![ranges, factors, scalars, partial, moment],
             left: 0,
             behind: false,
             captured: false,
@@ -183,9 +191,16 @@ impl Fused {
             // SAFETY: the job is the kernels' only parameter; it points to tensors that live as long as the network and have the sizes
             // that it tells. The host orders what it does with them by its streams.
             unsafe {
-                launcher.launch("optimizer", "squares", job.parts, 256, &arguments)?;
-                launcher.launch("optimizer", &self.decide, 1, 1024, &arguments)?;
-                launcher.launch("optimizer", &self.update, self.grid, 256, &arguments)
+                let launch = |kernel: &str, blocks, threads| {
+                    launcher.launch("optimizer", kernel, blocks, threads, &arguments)
+                };
+                launch("squares", job.parts, 256)?;
+                launch(&format!("decide_{}", self.kernel), 1, 1024)?;
+                if self.measured {
+                    launch(&format!("gather_{}", self.kernel), job.parts, 256)?;
+                    launch(&format!("measure_{}", self.kernel), 1, 1024)?;
+                }
+                launch(&format!("update_{}", self.kernel), self.grid, 256)
             }
         })
     }
@@ -321,6 +336,15 @@ mod tests {
                 r#"{"betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1, "min_8bit_size": 2000}"#
             }
             "SGDNesterov" => r#"{"momentum": 0.8, "weight_decay": 0.1}"#,
+            "Prodigy" => {
+                r#"{"betas": [0.8, 0.95], "beta3": 0.9, "eps": 1e-6, "weight_decay": 0.1, "d0": 1e-3, "d_coef": 2,
+                    "use_bias_correction": true, "safeguard_warmup": true, "growth_rate": 1.5, "slice_p": 3}"#
+            }
+            "DAdaptAdam" => {
+                r#"{"betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1, "d0": 1e-3, "use_bias_correction": true,
+                    "growth_rate": 1.5}"#
+            }
+            "DAdaptLion" => r#"{"betas": [0.8, 0.95], "weight_decay": 0.1, "d0": 1e-4}"#,
             "Lion" => r#"{"betas": [0.8, 0.95], "weight_decay": 0.1}"#,
             "AdamWScheduleFree" => {
                 r#"{"betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1, "warmup_steps": 30, "r": 0.5, "weight_lr_power": 1.5}"#
@@ -428,7 +452,7 @@ mod tests {
                 for (got, want) in pairs.into_iter().filter_map(|(got, want)| got.zip(want)) {
                     let off = ((got - want).abs() / want.abs().max()).sort(0, true).0;
                     // As beside the originals: a rounding can turn a sign, or a state that is one of 256.
-                    let outliers = if matches!(*name, "Lion" | "AdamW8bit") { 8 } else { 0 };
+                    let outliers = if matches!(*name, "Lion" | "AdamW8bit" | "DAdaptLion") { 8 } else { 0 };
                     let off = off.double_value(&[outliers]);
                     // 2^-24 for each of 200 updates, which mostly cancel.
                     assert!(off < 5e-6, "{name}, step {}: off by {off}", t + 1);

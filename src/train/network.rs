@@ -478,8 +478,8 @@ impl Network {
         let place = if built.device.is_cuda() { "this device" } else { "the CPU" };
         let fused = built.fused.as_mut().ok_or_else(|| Error::Unsupported {
             what: format!("{name} on {place} cannot be captured into a CUDA graph"),
-            hint: "on a GPU that this library has kernels for, these can: AdamW, AdamW8bit, Lion, SGDNesterov, AdamWScheduleFree, \
-                   RAdamScheduleFree"
+            hint: "on a GPU that this library has kernels for, all optimizers can but Adafactor, CAME, and Prodigy with a \
+                   first beta of 0"
                 .into(),
         })?;
         Ok((fused, schedule))

@@ -78,7 +78,17 @@ def main() -> None:
     """Prints the table."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians, ms")
     print(f"copying as many bytes as AdamW moves: {copying(2 * LAYERS * RANK * WIDTH):.3f}")
-    for optimizer in ("AdamW", "SGDNesterov", "Lion", "AdamWScheduleFree", "RAdamScheduleFree", "AdamW8bit"):
+    for optimizer in (
+        "AdamW",
+        "SGDNesterov",
+        "Lion",
+        "AdamWScheduleFree",
+        "RAdamScheduleFree",
+        "AdamW8bit",
+        "Prodigy",
+        "DAdaptAdam",
+        "DAdaptLion",
+    ):
         eager, graph, count = ours(optimizer)
         print(f"LyCore {optimizer:<18} {count / 1e6:.1f} M: {eager:.3f}, in a graph {graph:.3f}")
         torch.cuda.empty_cache()

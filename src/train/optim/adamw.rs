@@ -86,6 +86,7 @@ impl Optimizer for AdamW {
             numbers: vec![b1, b2, eps, weight_decay],
             state: vec![&self.mean, &self.square],
             carried: Vec::new(),
+            measured: false,
             ranges: self.parts.clone(),
             blocks: None,
         })

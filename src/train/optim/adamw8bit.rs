@@ -190,6 +190,7 @@ impl Optimizer for AdamW8bit {
             numbers: vec![b1, b2, eps, weight_decay],
             state: [&self.mean, &self.square].into_iter().flat_map(Means::tensors).collect(),
             carried: Vec::new(),
+            measured: false,
             ranges: self.runs.iter().map(range).collect(),
             blocks: Some(self.runs.iter().map(|run| (run.kept, run.small)).collect()),
         })

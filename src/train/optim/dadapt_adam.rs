@@ -15,7 +15,7 @@
 //! The factor of a group's rate is what dadaptation calls `layer_scale`: it multiplies the group's n, its part of m and of |s|_1.
 
 use super::options::{Check, ABOVE_0, AT_LEAST_0, FLAG, TWO_FRACTIONS};
-use super::{add_scaled, bias_correction, choose, lower_bound, scalar, sum, Layout, Optimizer, Part};
+use super::{add_scaled, bias_correction, choose, lower_bound, scalar, sum, Layout, Optimizer, Part, Rule};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -149,6 +149,21 @@ impl Optimizer for DAdaptAdam {
             let _ = p.f_sub_(&m.f_div(&v.f_sqrt()?.f_add_scalar_(o.eps)?)?)?;
         }
         Ok(())
+    }
+
+    fn rule(&self) -> Option<Rule<'_>> {
+        let o = self.options;
+        let [decay, coupled] = if o.decouple { [o.weight_decay, 0.0] } else { [0.0, o.weight_decay] };
+        let bias = f64::from(u8::from(o.use_bias_correction));
+        Some(Rule {
+            kernel: "dadapt_adam",
+            numbers: vec![o.betas.0, o.betas.1, o.eps, decay, coupled, bias, o.growth_rate.unwrap_or(0.0)],
+            state: vec![&self.mean, &self.square, &self.sum],
+            carried: vec![&self.d, &self.numerator, &self.updates],
+            ranges: self.parts.clone(),
+            measured: true,
+            blocks: None,
+        })
     }
 
     fn state(&self) -> Vec<(&'static str, &Tensor)> {

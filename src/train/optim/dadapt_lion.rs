@@ -16,7 +16,7 @@
 //! The factor of a group's rate multiplies its update of p. In units of the factor the update is c * u, so n and |s|_1 need none.
 
 use super::options::{Check, ABOVE_0, AT_LEAST_0, TWO_FRACTIONS};
-use super::{choose, lower_bound, scalar, sum, Layout, Optimizer, Part};
+use super::{choose, lower_bound, scalar, sum, Layout, Optimizer, Part, Rule};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -99,6 +99,19 @@ impl Optimizer for DAdaptLion {
             self.d.f_copy_(&next)?;
         }
         Ok(())
+    }
+
+    fn rule(&self) -> Option<Rule<'_>> {
+        let Options { betas, weight_decay, .. } = self.options;
+        Some(Rule {
+            kernel: "dadapt_lion",
+            numbers: vec![betas.0, betas.1, weight_decay],
+            state: vec![&self.mean, &self.sum],
+            carried: vec![&self.d, &self.numerator],
+            ranges: self.parts.clone(),
+            measured: true,
+            blocks: None,
+        })
     }
 
     fn state(&self) -> Vec<(&'static str, &Tensor)> {

@@ -79,6 +79,7 @@ impl Optimizer for Lion {
             numbers: vec![self.betas.0, self.betas.1, self.weight_decay],
             state: vec![&self.mean],
             carried: Vec::new(),
+            measured: false,
             ranges: self.parts.clone(),
             blocks: None,
         })

@@ -74,6 +74,8 @@ pub struct Rule<'a> {
     pub carried: Vec<&'a Tensor>,
     /// The ranges of one learning rate, ascending.
     pub ranges: Vec<Part>,
+    /// Whether the size of a step is found from sums over all parameters, the d of its formula.
+    pub measured: bool,
     /// For a state in 8 bits that is laid out otherwise than the parameters: for each range where in it that begins, and whether it keeps 32.
     pub blocks: Option<Vec<(usize, bool)>>,
 }

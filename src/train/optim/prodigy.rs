@@ -16,7 +16,7 @@
 //! and one d serves all. (prodigyopt refuses unequal rates.)
 
 use super::options::{Check, ABOVE_0, AT_LEAST_0, COUNT, FLAG, FRACTION, TWO_FRACTIONS};
-use super::{add_scaled, bias_correction, choose, scalar, sum, Layout, Optimizer, Part};
+use super::{add_scaled, bias_correction, choose, scalar, sum, Layout, Optimizer, Part, Rule};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -114,6 +114,10 @@ impl Prodigy {
         })
     }
 
+    fn beta3(&self) -> f64 {
+        self.options.beta3.unwrap_or(self.options.betas.1.sqrt())
+    }
+
     /// A part's sampled elements of a flat tensor, and their range in a sampled one.
     fn sampled(&self, part: &Part, flat: &Tensor, from: &Tensor) -> Result<(Tensor, Tensor)> {
         let every = self.options.slice_p as usize;
@@ -143,7 +147,7 @@ impl Optimizer for Prodigy {
         if learning_rate == 0.0 {
             return Ok(());
         }
-        let b3 = o.beta3.unwrap_or(b2.sqrt());
+        let b3 = self.beta3();
         let d = self.d.f_detach_copy()?;
         let mut rate = d.f_mul_scalar(learning_rate)?;
         if o.use_bias_correction {
@@ -199,6 +203,35 @@ impl Optimizer for Prodigy {
             let _ = p.f_addcdiv_(&direction, &denominator)?;
         }
         Ok(())
+    }
+
+    fn rule(&self) -> Option<Rule<'_>> {
+        let o = self.options;
+        let [decay, coupled] = if o.decouple { [o.weight_decay, 0.0] } else { [0.0, o.weight_decay] };
+        let flags = [o.use_bias_correction, o.safeguard_warmup].map(|flag| f64::from(u8::from(flag)));
+        // Without a mean the direction is g times the new d, which no state holds.
+        (o.betas.0 > 0.0).then(|| Rule {
+            kernel: "prodigy",
+            numbers: vec![
+                o.betas.0,
+                o.betas.1,
+                self.beta3(),
+                o.eps,
+                decay,
+                coupled,
+                flags[0],
+                flags[1],
+                o.d0,
+                o.d_coef,
+                o.growth_rate.unwrap_or(0.0),
+                o.slice_p as f64,
+            ],
+            state: vec![&self.mean, &self.square, &self.sum, &self.start],
+            carried: vec![&self.d, &self.numerator, &self.d_max, &self.updates],
+            ranges: self.parts.clone(),
+            measured: true,
+            blocks: None,
+        })
     }
 
     fn restart(&mut self, master: &Tensor) -> Result<()> {

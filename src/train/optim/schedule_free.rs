@@ -77,6 +77,7 @@ impl Average {
             numbers,
             state: vec![&self.z, square],
             carried: vec![&self.weight_sum, &self.largest_rate],
+            measured: false,
             ranges: self.parts.clone(),
             blocks: None,
         }

@@ -73,6 +73,7 @@ impl Optimizer for SGDNesterov {
             numbers: vec![self.options.momentum, self.options.weight_decay],
             state: vec![&self.velocity],
             carried: Vec::new(),
+            measured: false,
             ranges: self.parts.clone(),
             blocks: None,
         })

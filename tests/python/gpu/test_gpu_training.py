@@ -109,7 +109,7 @@ class Trained:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         # An odd number of channels, so that rows are not aligned; only BOFT has no blocks for it.
         model = nn.Sequential(
-            nn.Conv2d(3, 48, 3, padding=1), nn.Flatten(2), nn.Linear(36, 35), nn.SiLU(), nn.Linear(35, 144)
+            nn.Conv2d(3, 48, 3, padding=1), nn.Flatten(2), nn.Linear(36, 35), nn.SiLU(), nn.Linear(35, 128)
         )
         self.model = copy.deepcopy(model).to(device, dtype).requires_grad_(False)
         config = {"network_dim": 4, "network_alpha": 3, "learning_rate": 1e-3, "mixed_precision": precision, "seed": 4}
@@ -120,7 +120,7 @@ class Trained:
         self.network.parameters.add_(start.to(device))
         self.network.refresh()
         self.x = torch.randn(4, 3, 6, 6).to(device, dtype).requires_grad_()
-        self.goal = torch.randn(4, 48, 144).to(device, dtype)
+        self.goal = torch.randn(4, 48, 128).to(device, dtype)
 
     def loss(self) -> torch.Tensor:
         loss = functional.mse_loss(self.model(self.x).float(), self.goal.float())
