@@ -14,6 +14,7 @@ use super::ALPHA;
 use crate::cuda::{self, Arg, Gpu};
 use crate::error::{Error, Result};
 use crate::torch_ext::{multiply, on_current_stream, product, Factor};
+use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 /// Puts a magnitude around `inner`, one per output channel or per input channel.
@@ -34,7 +35,7 @@ pub(super) fn decompose(
     let mut shape = vec![1; layer.weight.len()];
     let axis = usize::from(!on_output);
     shape[axis] = layer.weight[axis];
-    let start = Vec::try_from(lengths(weight, axis)?.f_flatten(0, -1)?)?;
+    let start = Vec::<f32>::try_from(lengths(weight, axis)?.f_flatten(0, -1)?)?.into();
     let alpha = inner.constants().iter().find(|(name, _)| *name == ALPHA).map(|(_, alpha)| *alpha);
     let scale = alpha.zip(inner.rank()).map(|(alpha, rank)| alpha / rank as f64);
     let around_lora = scale.filter(|_| inner.name() == "LoRA" && on_output);
@@ -56,7 +57,7 @@ struct Decomposed {
     axis: usize,
     /// Of the magnitude.
     shape: Vec<usize>,
-    start: Vec<f32>,
+    start: Arc<[f32]>,
     /// alpha / rank of a LoRA inside, where there is a length per output.
     around_lora: Option<f64>,
 }

@@ -9,8 +9,9 @@
 //! with alpha / rank * sqrt(rank / b). Their files are read as what they say, and so are ours by them.
 
 use super::draw::Purpose;
+use super::factored::{Factored, Factors};
 use super::lora::training::Training as Lora;
-use super::training::{Begin, Parameter, Pass, Rule, Trainable};
+use super::training::{Begin, Pass, Rule, Trainable};
 use crate::error::Result;
 use tch::{Kind, Tensor};
 
@@ -19,21 +20,23 @@ pub(super) const BEGIN: Begin = Begin {
     new: |layer, rule, _| {
         // A Tucker core mixes the ranks.
         let lora = Lora::new(layer, &Rule { tucker: false, ..rule.clone() });
-        Ok(Box::new(Training { lora, rank: rule.dim, block_size: rule.block_size, nested: rule.nested }))
+        let source = Prefix { rank: rule.dim, block_size: rule.block_size, nested: rule.nested };
+        Ok(Box::new(Factored { parameters: lora.parameters(), lora, source }))
     },
 };
 
-/// A DyLoRA module in training.
+/// The drawn prefix, as a LoRA of all ranks.
 #[derive(Debug)]
-struct Training {
-    lora: Lora,
+struct Prefix {
     rank: usize,
     block_size: usize,
     nested: bool,
 }
 
-impl Training {
-    /// Down and up of the drawn prefix as those of a LoRA of all ranks.
+impl Factors for Prefix {
+    const NAME: &'static str = "DyLoRA";
+    const PRODUCT: bool = true;
+
     fn factors(&self, pass: &Pass) -> Result<[Tensor; 2]> {
         let (down, up) = (&pass.parameters[0], &pass.parameters[1]);
         let Some(draw) = pass.draw else { return Ok([down.shallow_clone(), up.shallow_clone()]) };
@@ -55,55 +58,6 @@ impl Training {
         let factor =
             index.f_lt_tensor(&count)?.f_mul(&count.f_reciprocal()?.f_mul_scalar(self.rank as f64)?)?;
         Ok([down.f_mul(&factor)?.f_to_kind(pass.compute)?, up])
-    }
-}
-
-impl Trainable for Training {
-    fn name(&self) -> &'static str {
-        "DyLoRA"
-    }
-
-    fn rank(&self) -> Option<usize> {
-        self.lora.rank()
-    }
-
-    fn constants(&self) -> Vec<(&'static str, f64)> {
-        self.lora.constants()
-    }
-
-    fn parameters(&self) -> Vec<Parameter> {
-        self.lora.parameters()
-    }
-
-    fn delta(&self, pass: &Pass) -> Result<Tensor> {
-        self.lora.delta(&Pass { parameters: &self.factors(pass)?, ..*pass })
-    }
-
-    fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
-        self.lora.forward(&Pass { parameters: &self.factors(pass)?, ..*pass }, x)
-    }
-
-    fn add_forward(&self, pass: &Pass, x: &Tensor, y: &Tensor) -> Result<()> {
-        self.lora.add_forward(&Pass { parameters: &self.factors(pass)?, ..*pass }, x, y)
-    }
-
-    fn accumulate(
-        &self,
-        pass: &Pass,
-        x: &Tensor,
-        grad_y: &Tensor,
-        want_input: bool,
-        into: &[Tensor],
-    ) -> Result<Option<Tensor>> {
-        self.lora.accumulate_through(&|| self.factors(pass), pass, (x, grad_y), want_input, into)
-    }
-
-    fn norm(&self, pass: &Pass) -> Result<Tensor> {
-        self.lora.norm(pass)
-    }
-
-    fn shrunk(&self, ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {
-        self.lora.shrunk(ratio)
     }
 }
 

@@ -11,6 +11,8 @@ pub mod draw;
 mod dylora;
 mod extras;
 #[cfg(feature = "torch")]
+mod factored;
+#[cfg(feature = "torch")]
 mod factorization;
 pub mod full;
 pub mod glora;

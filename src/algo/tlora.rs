@@ -125,7 +125,8 @@ pub(super) use training::BEGIN;
 /// differences are taken in fp32 and are small, so that no near products are subtracted.
 #[cfg(feature = "torch")]
 mod training {
-    use super::{ALPHA, LAMBDA, P, Q};
+    use super::{LAMBDA, P, Q};
+    use crate::algo::factored::{Factored, Factors};
     use crate::algo::lora::training::Training as Lora;
     use crate::algo::training::{Begin, Init, Layer, Parameter, Pass, Rule, Spectrum, Trainable};
     use crate::error::{Error, Result};
@@ -153,14 +154,16 @@ mod training {
         let rank = rule.dim.min(shape[0]).min(shape[1]);
         let alpha = rule.alpha * rank as f64 / rule.dim as f64;
         let point = &shape[2..];
-        let [p, q, lambda] = start(&weight.f_reshape([shape[0] as i64, -1])?, rank, rule.sig_type)?;
-        let start = [
-            ([&[shape[0], rank], point].concat(), 1, p),
-            ([&[rank, shape[1]], point].concat(), 0, q),
-            (vec![1, rank], 1, lambda),
-        ];
+        let values = start(&weight.f_reshape([shape[0] as i64, -1])?, rank, rule.sig_type)?;
+        let [p, q, lambda] = values.map(|values| Init::Values(values.into()));
+        let p = Parameter::new(P, &[&[shape[0], rank], point].concat(), p).ranked(1).precise();
+        let q = Parameter::new(Q, &[&[rank, shape[1]], point].concat(), q).ranked(0).precise();
+        let trained = [p, q, Parameter::new(LAMBDA, &[1, rank], lambda).ranked(1).precise()];
+        let keep = |(p, slot)| Parameter { slot, frozen: true, saved: false, ..p };
+        let kept = trained.clone().into_iter().zip(START).map(keep);
+        let parameters = trained.clone().into_iter().chain(kept).collect();
         let lora = Lora::new(layer, &Rule { dim: rank, alpha, tucker: false, ..rule.clone() });
-        Ok(Box::new(Training { lora, alpha, rank, start }))
+        Ok(Box::new(Factored { lora, parameters, source: Difference { rank } }))
     }
 
     /// `rank` singular triples of a matrix, the larger values first: P, Q, lambda.
@@ -192,18 +195,16 @@ mod training {
         Ok([values(p)?, values(q.f_transpose(0, 1)?)?, values(lengths.f_abs()?)?])
     }
 
-    /// A T-LoRA module in training.
+    /// What is there now less what training began with, as a LoRA of twice the rank.
     #[derive(Debug)]
-    struct Training {
-        lora: Lora,
-        alpha: f64,
+    struct Difference {
         rank: usize,
-        /// P, Q and lambda: shape, axis of the ranks, values to begin with.
-        start: [(Vec<usize>, usize, Vec<f32>); 3],
     }
 
-    impl Training {
-        /// Down and up of a LoRA of twice the rank.
+    impl Factors for Difference {
+        const NAME: &'static str = "T-LoRA";
+        const PRODUCT: bool = false;
+
         fn factors(&self, pass: &Pass) -> Result<[Tensor; 2]> {
             let [p, q, lambda, p0, q0, lambda0] = pass.parameters else {
                 return Err(Error::Backend(format!("`{}`: T-LoRA has six tensors", pass.layer.name)));
@@ -228,59 +229,12 @@ mod training {
         }
     }
 
-    impl Trainable for Training {
-        fn name(&self) -> &'static str {
-            "T-LoRA"
-        }
-
-        fn rank(&self) -> Option<usize> {
-            Some(self.rank)
-        }
-
-        fn constants(&self) -> Vec<(&'static str, f64)> {
-            vec![(ALPHA, self.alpha)]
-        }
-
-        fn parameters(&self) -> Vec<Parameter> {
-            let parameter = |slot, (shape, axis, values): &(Vec<usize>, usize, Vec<f32>)| {
-                Parameter::new(slot, shape, Init::Values(values.clone())).ranked(*axis).precise()
-            };
-            let trained = [P, Q, LAMBDA].into_iter().zip(&self.start).map(|(slot, s)| parameter(slot, s));
-            let kept = START.into_iter().zip(&self.start);
-            let kept = kept.map(|(slot, s)| Parameter { frozen: true, saved: false, ..parameter(slot, s) });
-            trained.chain(kept).collect()
-        }
-
-        fn delta(&self, pass: &Pass) -> Result<Tensor> {
-            self.lora.delta(&Pass { parameters: &self.factors(pass)?, ..*pass })
-        }
-
-        fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
-            self.lora.forward(&Pass { parameters: &self.factors(pass)?, ..*pass }, x)
-        }
-
-        fn add_forward(&self, pass: &Pass, x: &Tensor, y: &Tensor) -> Result<()> {
-            self.lora.add_forward(&Pass { parameters: &self.factors(pass)?, ..*pass }, x, y)
-        }
-
-        fn accumulate(
-            &self,
-            pass: &Pass,
-            x: &Tensor,
-            grad_y: &Tensor,
-            want_input: bool,
-            into: &[Tensor],
-        ) -> Result<Option<Tensor>> {
-            self.lora.accumulate_through(&|| self.factors(pass), pass, (x, grad_y), want_input, into)
-        }
-    }
-
     #[cfg(test)]
     mod tests {
         use super::*;
         use crate::algo::training::long;
         use crate::algo::training_tests::{merged, rule, wave};
-        use crate::algo::Group;
+        use crate::algo::{Group, ALPHA};
         use crate::merge::bypass::Geometry;
         use crate::view::Tensor as Numbers;
 

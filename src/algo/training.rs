@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::merge::bypass::Geometry;
 use std::cell::RefCell;
 use std::fmt::Debug;
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 /// What a layer computes with its weight.
@@ -175,7 +176,7 @@ pub enum Init {
         deviation: f64,
     },
     /// These, row-major, in the parameter's shape.
-    Values(Vec<f32>),
+    Values(Arc<[f32]>),
 }
 
 impl Init {
