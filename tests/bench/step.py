@@ -14,6 +14,8 @@ import lycore
 
 LAYERS, WIDTH, RANK = 81, 4096, 128
 DECAY = 0.999
+GOAL = 2.0
+"""Milliseconds that AdamW may take on an H100, with all that is around it."""
 
 
 def median_ms(work: Callable[[], object], rounds: int = 30) -> float:
@@ -90,7 +92,8 @@ def main() -> None:
         "DAdaptLion",
     ):
         eager, graph, count = ours(optimizer)
-        print(f"LyCore {optimizer:<18} {count / 1e6:.1f} M: {eager:.3f}, in a graph {graph:.3f}")
+        goal = f", at most {GOAL:g}{' **missed**' * (eager > GOAL)}" if optimizer == "AdamW" else ""
+        print(f"LyCore {optimizer:<18} {count / 1e6:.1f} M: {eager:.3f}{goal}, in a graph {graph:.3f}")
         torch.cuda.empty_cache()
     print(f"torch AdamW, {2 * LAYERS} tensors: {torchs(False):.3f}, one flat tensor: {torchs(True):.3f}")
 

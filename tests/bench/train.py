@@ -36,7 +36,6 @@ WARM_UP = 3
 SECONDS = 300
 """That a row may take."""
 PEFT, SD_SCRIPTS, EAGER, GRAPH = "diffusers + peft, autocast", "sd-scripts", "LyCore", "LyCore in a CUDA graph"
-UPDATE = "LyCore: clip and AdamW alone"
 IN_TITLE = {"sdxl": "SDXL, 1024 px", "sd15": "SD1.5, 512 px", "tiny": "tiny"}
 
 
@@ -165,10 +164,6 @@ class Bench:
         self.sd_scripts(table, many)
         if setting.model == "sd15":
             return
-        count = 1037 if setting.device == "cuda" else 2
-        table = f"optimizer alone, {2 * count} matrices of rank {setting.rank}"
-        for what, made in ((UPDATE, trainers.lycore_update), ("torch: clip and AdamW", trainers.torch_update)):
-            self.timed(table, what, lambda made=made: update_alone(made(setting, count), self.steps))
         for rank in RANKS:
             self.compared(f"{name}, batch 1, ranks", replace(setting, rank=rank), f", rank {rank}")
         if setting.model == "sdxl":
@@ -180,16 +175,13 @@ class Bench:
         self.row(table, GRAPH + suffix, trainers.with_lycore, setting, captured=True)
 
     def row(self, table: str, what: str, trainer: Trainer, setting: Setting, captured: bool = False) -> None:
-        if captured and setting.device != "cuda":
+        asked = any(word.lower() in f"{table}: {what}".lower() for word in self.only)
+        if not asked or (captured and setting.device != "cuda"):
             return
-        self.timed(table, what, lambda: training(trainer, setting, captured, self.steps))
-
-    def timed(self, table: str, what: str, work: Callable[[], dict[str, Any]]) -> None:
-        if any(word.lower() in f"{table}: {what}".lower() for word in self.only):
-            try:
-                self.add(Row(table, what, **apart(work)))
-            except Missing as problem:
-                self.skip(table, what, problem)
+        try:
+            self.add(Row(table, what, **apart(lambda: training(trainer, setting, captured, self.steps))))
+        except Missing as problem:
+            self.skip(table, what, problem)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -239,7 +231,6 @@ class Bench:
         if graph:
             self.goals.append(Goal(f"{GRAPH}, ms", graph.ms, 95))
         self.goals += [Goal(f"{row.what}, peak GiB", row.peak, 12) for row in (eager, graph) if row and row.peak]
-        self.goals += [Goal(f"{row.what}, ms", row.ms, 2) for row in self.rows if row.what == UPDATE]
         for what in (EAGER, GRAPH):
             seven, eight = (rows.get((f"{name}, batch 1, ranks", f"{what}, rank {rank}")) for rank in (7, 8))
             if seven and eight:
@@ -287,18 +278,10 @@ def training(trainer: Trainer, setting: Setting, captured: bool, steps: int) -> 
     return found
 
 
-def update_alone(update: trainers.Update, steps: int) -> dict[str, Any]:
-    """Runs in the row's own process."""
-    cuda = update.device == "cuda"
-    found = times(update.run, steps, cuda, update.prepare) | {"parameters": update.parameters}
-    return found | (on_gpu(update.run, update.prepare) if cuda else {})
-
-
-def times(work: Callable[[], object], steps: int, cuda: bool, prepare: Callable[[], object] = int) -> dict[str, Any]:
+def times(work: Callable[[], object], steps: int, cuda: bool) -> dict[str, Any]:
     """Of the host, from the call until the device is done. The first does not count."""
     ms = []
     for _ in range(steps + 1):
-        prepare()
         wait(cuda)
         start = time.perf_counter()
         work()
@@ -327,13 +310,12 @@ def parts(step: Step, steps: int, cuda: bool) -> dict[str, float]:
     return {name: statistics.median(part) for name, part in found.items()}
 
 
-def on_gpu(work: Callable[[], object], prepare: Callable[[], object] = int) -> dict[str, Any]:
+def on_gpu(work: Callable[[], object]) -> dict[str, Any]:
     """Time of all kernels and copies, and their number. The first profile pays for the profiler's start."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     for _ in range(2):
-        prepare()
         wait(True)
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
             work()

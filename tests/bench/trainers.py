@@ -118,18 +118,6 @@ Trainer = Callable[[Host, Setting], Step]
 
 def with_lycore(host: Host, setting: Setting) -> Step:
     """No autocast: what the modules compute in is the model's own dtype."""
-    network = _network(setting)
-    network.attach(host.unet, adapted)
-    network.build()
-
-    def update() -> object:
-        # What a step did is told by waiting for it, which a graph cannot.
-        return network.step(wait=not (host.device == "cuda" and torch.cuda.is_current_stream_capturing()))
-
-    return Step(host.loss, update, network.parameter_count, network.capture)
-
-
-def _network(setting: Setting) -> Any:
     import lycore
 
     algorithms = {"lora": {}, "dora": {"dora_wd": True}, "loha": {"algo": "loha"}, "lokr": {"algo": "lokr"}}
@@ -138,7 +126,15 @@ def _network(setting: Setting) -> Any:
         "learning_rate": LEARNING_RATE,
         "mixed_precision": "bf16" if setting.device == "cuda" else "no",
     }
-    return lycore.Network(config | algorithms[setting.algorithm])
+    network = lycore.Network(config | algorithms[setting.algorithm])
+    network.attach(host.unet, adapted)
+    network.build()
+
+    def update() -> object:
+        # What a step did is told by waiting for it, which a graph cannot.
+        return network.step(wait=not (host.device == "cuda" and torch.cuda.is_current_stream_capturing()))
+
+    return Step(host.loss, update, network.parameter_count, network.capture)
 
 
 def with_peft(host: Host, setting: Setting) -> Step:
@@ -221,42 +217,3 @@ def _graph(step: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         step()
     return graph.replay
-
-
-@dataclass
-class Update:
-    """Only what comes after backward."""
-
-    device: str
-    run: Callable[[], object]
-    prepare: Callable[[], object]
-    """Makes the gradients that `run` clips, uses and clears."""
-    parameters: int
-
-
-def lycore_update(setting: Setting, count: int) -> Update:
-    network = _network(setting)
-    # One layer under many names: no forward of it is run.
-    layer = nn.Linear(1280, 1280, bias=False, device=setting.device, dtype=setting.dtype)
-    for i in range(count):
-        network.add(f"layer{i}", layer)
-    network.build()
-    gradients = network.gradients
-    return Update(setting.device, network.step, lambda: gradients.fill_(0.01), network.parameter_count)
-
-
-def torch_update(setting: Setting, count: int) -> Update:
-    """The same numbers in fp32, as a list of parameters."""
-    trained = [nn.Parameter(torch.zeros(setting.rank, 1280, device=setting.device)) for _ in range(2 * count)]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=setting.device == "cuda")
-
-    def run() -> None:
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def prepare() -> None:
-        for parameter in trained:
-            parameter.grad = torch.full_like(parameter, 0.01)
-
-    return Update(setting.device, run, prepare, sum(p.numel() for p in trained))
