@@ -950,6 +950,9 @@ uint64_t lycore_network_parameter_count(const struct lycore_network *network);
 // epoch and its end has one less than its steps say. 0 when `network` is not a live network.
 uint64_t lycore_network_epochs(const struct lycore_network *network);
 
+// Frees the network; what was not saved is gone. NULL is accepted; a second free returns LYCORE_BAD_HANDLE and does nothing.
+lycore_status lycore_network_free(struct lycore_network *network);
+
 // Writes the adapter as a kohya safetensors file with training metadata, whole or not at all. `which` is LYCORE_BUFFER_PARAMETERS or
 // LYCORE_BUFFER_EMA; `dtype` is NULL (the config's save_precision) or
 // "fp32", "fp16", "bf16"; `metadata` is NULL or a JSON object of texts to add. Two files of one state differ in their times only; the environment
@@ -1017,9 +1020,6 @@ lycore_status lycore_network_load_weights(struct lycore_network *network,
                                           const char *path,
                                           uint64_t *loaded,
                                           struct lycore_error **error);
-
-// Frees the network; what was not saved is gone. NULL is accepted; a second free returns LYCORE_BAD_HANDLE and does nothing.
-lycore_status lycore_network_free(struct lycore_network *network);
 
 // Writes an adapter file with fewer ranks: every LoRA and LoCon becomes the nearest one of a lower rank, its scale stays. What would not
 // become smaller, and other algorithms, are copied bit for bit, so that the output is never larger than `source` (but for `convert`).

@@ -402,6 +402,8 @@ def declare(library: CDLL) -> None:
     library.lycore_network_parameter_count.argtypes = [c_void_p]
     library.lycore_network_epochs.restype = c_uint64
     library.lycore_network_epochs.argtypes = [c_void_p]
+    library.lycore_network_free.restype = c_int32
+    library.lycore_network_free.argtypes = [c_void_p]
     library.lycore_network_save.restype = c_int32
     library.lycore_network_save.argtypes = [c_void_p, c_char_p, c_int32, c_char_p, c_char_p, POINTER(c_void_p)]
     library.lycore_network_checkpoint.restype = c_int32
@@ -421,8 +423,6 @@ def declare(library: CDLL) -> None:
     library.lycore_network_load_state.argtypes = [c_void_p, c_char_p, POINTER(c_void_p)]
     library.lycore_network_load_weights.restype = c_int32
     library.lycore_network_load_weights.argtypes = [c_void_p, c_char_p, POINTER(c_uint64), POINTER(c_void_p)]
-    library.lycore_network_free.restype = c_int32
-    library.lycore_network_free.argtypes = [c_void_p]
     library.lycore_resize.restype = c_int32
     library.lycore_resize.argtypes = [
         c_char_p,

@@ -13,6 +13,7 @@ pub mod adapter;
 pub mod checkpoint;
 pub mod convert;
 pub mod network;
+pub mod network_files;
 #[cfg(feature = "torch")]
 mod operator;
 pub mod progress;

@@ -17,6 +17,7 @@ fn header_is_fresh() {
         "checkpoint",
         "convert",
         "network",
+        "network_files",
         "tools",
     ];
     let mut builder = cbindgen::Builder::new().with_config(config);
