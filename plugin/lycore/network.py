@@ -339,7 +339,7 @@ class Network(Closable):
 
     def checkpoint(self, loss: float | None = None) -> dict[str, Any]:
         """Call it after each `step`: writes the files that the config makes due (`output_dir`, `save_every_n_steps`,
-        `save_state`, ..), whole or not at all, and deletes those that they put out of date.
+        `save_ranks`, `save_state`, ..), each whole or not at all, and deletes those that they put out of date.
 
         `loss` is a value of the parameters as they are, better of validation than of one batch: with `save_best` the
         least so far is kept in a file of its own. Returns {"step", "epoch", "best", "written": [path], "deleted":
@@ -354,7 +354,9 @@ class Network(Closable):
         return self._checkpoint(LYCORE_MOMENT_EPOCH, loss)
 
     def finish(self, loss: float | None = None) -> dict[str, Any]:
-        """Writes the last files, `{output_name}.safetensors` and with `save_state` its state, as `checkpoint` does."""
+        """Writes the last files, `{output_name}.safetensors` and what goes beside it (`save_ranks`, `save_state`), as
+        `checkpoint` does.
+        """
         return self._checkpoint(LYCORE_MOMENT_END, loss)
 
     def _checkpoint(self, moment: int, loss: float | None) -> dict[str, Any]:

@@ -246,6 +246,20 @@ impl Adapter {
 
     /// Writes the modules to a safetensors file, in the spelling that they were read in.
     pub fn save(&self, path: &Path) -> Result<()> {
+        let tensors = self.tensors()?;
+        let layout: Vec<_> =
+            tensors.iter().map(|(k, t, _)| (k.clone(), t.dtype(), t.shape().to_vec())).collect();
+        let mut metadata = self.metadata.clone();
+        if let Some(config) = &self.config {
+            metadata.entry(metadata::INSIDE.to_owned()).or_insert_with(|| config.text().to_owned());
+        }
+        let mut writer = safetensors::Writer::create(path, &layout, &metadata)?;
+        tensors.iter().try_for_each(|(_, _, bytes)| writer.write(bytes))?;
+        writer.finish()
+    }
+
+    /// Every tensor of the modules, under its key in the spelling that they were read in, and its bytes.
+    pub(crate) fn tensors(&self) -> Result<Vec<(String, &Tensor, &[u8])>> {
         let (mut tensors, mut written) = (Vec::new(), HashSet::new());
         for module in &self.modules {
             for (slot, tensor) in module.algorithm.tensors() {
@@ -270,15 +284,7 @@ impl Adapter {
                 tensors.push((key, tensor, bytes));
             }
         }
-        let layout: Vec<_> =
-            tensors.iter().map(|(k, t, _)| (k.clone(), t.dtype(), t.shape().to_vec())).collect();
-        let mut metadata = self.metadata.clone();
-        if let Some(config) = &self.config {
-            metadata.entry(metadata::INSIDE.to_owned()).or_insert_with(|| config.text().to_owned());
-        }
-        let mut writer = safetensors::Writer::create(path, &layout, &metadata)?;
-        tensors.iter().try_for_each(|(_, _, bytes)| writer.write(bytes))?;
-        writer.finish()
+        Ok(tensors)
     }
 
     /// Where it came from; `<memory>` for bytes.

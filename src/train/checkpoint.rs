@@ -1,7 +1,7 @@
 //! The files that a run writes by itself, at steps, epochs, improvements and its end, and the older ones that go for them: the disk's side
 //! of [`super::keep`].
 
-use super::keep::{file_name, Kept, Kind, Moment, Saving};
+use super::keep::{file_name, Kept, Kind, Moment, Part, Saving};
 use super::metadata::SESSION;
 use super::network::{train, Network};
 use crate::adapter::safetensors::File;
@@ -49,21 +49,23 @@ impl Network {
         self.steps = self.settled_steps()?;
         for kind in saving.due(moment, self.steps, self.micro == 0, value, &self.run) {
             std::fs::create_dir_all(dir).map_err(|e| Error::io(dir, e))?;
-            for state in [false, true].into_iter().take(1 + usize::from(saving.state)) {
-                let file = file_name(&name, kind, state);
+            for part in saving.parts() {
+                let file = file_name(&name, kind, part);
                 let path = dir.join(&file);
-                // A state tells of itself and of the adapter beside it.
+                // A state tells of itself and of the adapters beside it.
                 let before = self.run.clone();
                 match kind {
-                    Kind::Step(_) | Kind::Epoch(_) => self.run.note(Kept { file, kind, state }),
+                    Kind::Step(_) | Kind::Epoch(_) => {
+                        self.run.note(Kept { file, kind, state: part == Part::State })
+                    }
                     Kind::Best => self.run.best = Some(value),
                     Kind::Final => {}
                 }
-                let written = match state {
-                    true => self.save_state(&path),
-                    false => {
-                        self.save(&path, saving.precision, &BTreeMap::new(), self.config.ema_decay.is_some())
-                    }
+                let (precision, ema) = (saving.precision, self.config.ema_decay.is_some());
+                let written = match part {
+                    Part::Adapter => self.save(&path, precision, &BTreeMap::new(), ema),
+                    Part::Ranks(rank) => self.save_prefix(rank, &path, precision, ema),
+                    Part::State => self.save_state(&path),
                 };
                 if let Err(error) = written {
                     self.run = before;

@@ -115,6 +115,11 @@ static KEYS: &[Key] = &[
         "of the files of steps keep those of the last so many steps, not so many files; deleted is only what this run wrote",
     ),
     key("save_last_n_epochs", "none", "of the files of epochs keep the last so many files; deleted is only what this run wrote"),
+    key(
+        "save_ranks",
+        "[]",
+        "dylora: beside each adapter file also {..}-r4.safetensors and so on, the same adapter cut to so many ranks, for [4, ..]; multiples of block_size",
+    ),
     key("save_state", "false", "beside each file also {..}-state.safetensors, from which the run can go on"),
     key("save_last_n_steps_state", "save_last_n_steps", "the same for states"),
     key("save_last_n_epochs_state", "save_last_n_epochs", "the same for states"),
@@ -248,6 +253,7 @@ impl Config {
             read.whole("gradient_accumulation_steps", (1, 1 << 32)).unwrap_or(1);
         let output_name = read.text("output_name");
         Config {
+            saving: Saving::read(&mut read, output_name.as_deref(), &modules),
             modules,
             rates: Rates::read(&mut read),
             network_weights,
@@ -262,7 +268,6 @@ impl Config {
             gradient_accumulation_steps,
             training_comment: read.text("training_comment"),
             metadata: read.texts("metadata").unwrap_or_default(),
-            saving: Saving::read(&mut read, output_name.as_deref()),
             output_name,
         }
     }
@@ -389,7 +394,7 @@ mod tests {
             r#"{"lr_scheduler": "cosine_with_restarts", "max_train_steps": 20, "lr_scheduler_num_cycles": 3, "learning_rate": 0.3, "ema_decay": 0.995}"#,
             r#"{"output_dir": "out", "output_name": "x", "save_every_n_steps": 5, "save_last_n_steps": 15, "save_every_n_epochs": 2,
                 "save_last_n_epochs": 3, "save_state": true, "save_last_n_steps_state": 1, "save_last_n_epochs_state": 2, "save_best": true,
-                "save_precision": "bf16", "metadata": {"ss_base_model_version": "sd_v1"}}"#,
+                "algo": "dylora", "block_size": 4, "save_ranks": [4, 8], "save_precision": "bf16", "metadata": {"ss_base_model_version": "sd_v1"}}"#,
         ];
         let optimizers =
             Options::NAMES.iter().map(|name| format!(r#"{{"optimizer_type": "{}"}}"#, name.to_uppercase()));

@@ -23,26 +23,27 @@ impl Network {
     /// values are those of the average.
     pub fn save(&self, path: &Path, dtype: Float, added: &BTreeMap<String, String>, ema: bool) -> Result<()> {
         let steps = self.settled_steps()?;
-        let tensors = self.tensors(dtype, steps, ema)?;
-        let mut metadata = self.metadata(added, steps);
-        metadata.extend(hashes(&tensors, &metadata)?);
-        let (header, bodies): (Vec<_>, Vec<_>) =
-            tensors.into_iter().map(|(k, d, s, b)| ((k, d, s), b)).unzip();
-        let mut writer = Writer::create(path, &header, &metadata)?;
-        bodies.iter().try_for_each(|body| writer.write(body))?;
-        writer.finish()
+        write(path, self.tensors(dtype, steps, ema)?, self.metadata(added, steps, None))
+    }
+
+    /// [`Network::save`] of the adapter cut to its first `rank` ranks, as [`Adapter::prefix`] cuts it.
+    pub(super) fn save_prefix(&self, rank: usize, path: &Path, dtype: Float, ema: bool) -> Result<()> {
+        let steps = self.settled_steps()?;
+        let whole = in_memory(self.tensors(dtype, steps, ema)?, BTreeMap::new())?;
+        let stored = |(key, tensor, bytes): (String, &Tensor, &[u8])| {
+            (key, tensor.dtype(), tensor.shape().to_vec(), bytes.to_vec())
+        };
+        let mut tensors: Vec<Stored> = whole.prefix(rank)?.tensors()?.into_iter().map(stored).collect();
+        sort(&mut tensors);
+        write(path, tensors, self.metadata(&BTreeMap::new(), steps, Some(rank)))
     }
 
     /// The adapter that `save` would write now, in the configured precision, as if it were read from that file. It has its own memory:
     /// training goes on and the snapshot stays.
     pub fn adapter(&self) -> Result<Arc<Adapter>> {
-        let tensor = |(key, dtype, shape, bytes): Stored| {
-            let other = || Error::Backend(format!("`{key}`: {dtype} of shape {shape:?} has other bytes"));
-            Ok((key.clone(), Tensor::of_vec(bytes, dtype, &shape).ok_or_else(other)?))
-        };
         let steps = self.settled_steps()?;
-        let tensors = self.tensors(self.config.saving.precision, steps, false)?.into_iter().map(tensor);
-        Adapter::of_tensors(tensors.collect::<Result<_>>()?, self.metadata(&BTreeMap::new(), steps))
+        let tensors = self.tensors(self.config.saving.precision, steps, false)?;
+        in_memory(tensors, self.metadata(&BTreeMap::new(), steps, None))
     }
 
     /// Every tensor of the adapter after `steps` updates, in the order of its file.
@@ -88,8 +89,7 @@ impl Network {
                 "nothing was written; go back to an earlier state, or save in another dtype",
             ));
         }
-        // Larger elements first, then by name: every tensor is aligned, as in the files of the safetensors library.
-        tensors.sort_unstable_by(|a, b| b.1.bitsize().cmp(&a.1.bitsize()).then_with(|| a.0.cmp(&b.0)));
+        sort(&mut tensors);
         Ok(tensors)
     }
 
@@ -171,6 +171,29 @@ impl Network {
         params.settle()?;
         Ok(taken)
     }
+}
+
+/// Larger elements first, then by name: every tensor is aligned, as in the files of the safetensors library.
+fn sort(tensors: &mut [Stored]) {
+    tensors.sort_unstable_by(|a, b| b.1.bitsize().cmp(&a.1.bitsize()).then_with(|| a.0.cmp(&b.0)));
+}
+
+/// The adapter of these tensors, as if it were read from a file.
+fn in_memory(tensors: Vec<Stored>, metadata: BTreeMap<String, String>) -> Result<Arc<Adapter>> {
+    let tensor = |(key, dtype, shape, bytes): Stored| {
+        let other = || Error::Backend(format!("`{key}`: {dtype} of shape {shape:?} has other bytes"));
+        Ok((key.clone(), Tensor::of_vec(bytes, dtype, &shape).ok_or_else(other)?))
+    };
+    Adapter::of_tensors(tensors.into_iter().map(tensor).collect::<Result<_>>()?, metadata)
+}
+
+/// Writes an adapter file, with its hashes.
+fn write(path: &Path, tensors: Vec<Stored>, mut metadata: BTreeMap<String, String>) -> Result<()> {
+    metadata.extend(hashes(&tensors, &metadata)?);
+    let (header, bodies): (Vec<_>, Vec<_>) = tensors.into_iter().map(|(k, d, s, b)| ((k, d, s), b)).unzip();
+    let mut writer = Writer::create(path, &header, &metadata)?;
+    bodies.iter().try_for_each(|body| writer.write(body))?;
+    writer.finish()
 }
 
 /// What an adapter file says about its modules, by their names in a network.

@@ -1,5 +1,6 @@
 //! Which files a run writes and which older ones it gives up: names and numbers, no disk.
 
+use super::modules::Modules;
 use super::reader::Reader;
 use crate::dtype::Float;
 use serde::{Deserialize, Serialize};
@@ -28,6 +29,16 @@ pub(super) enum Kind {
     Best,
     /// The run is over.
     Final,
+}
+
+/// What is written for it, a file each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    Adapter,
+    /// The adapter cut to so many ranks.
+    Ranks(usize),
+    /// A resume file.
+    State,
 }
 
 /// A file that may be given up later.
@@ -73,19 +84,23 @@ pub(crate) struct Saving {
     pub(super) dir: Option<String>,
     steps: Rhythm,
     epochs: Rhythm,
+    /// Of adapters that go, cut to them, beside every adapter.
+    ranks: Vec<usize>,
     /// Whether a resume file goes beside every adapter.
-    pub(super) state: bool,
+    state: bool,
     best: bool,
     /// Of the adapter files.
     pub(crate) precision: Float,
 }
 
+/// The option of the cut adapters.
+const RANKS: &str = "save_ranks";
 const PRECISIONS: [(&str, Float); 4] =
     [("float", Float::F32), ("fp32", Float::F32), ("fp16", Float::F16), ("bf16", Float::BF16)];
 
 impl Saving {
     /// Takes the options of saving; `name` is the adapter's.
-    pub(super) fn read(read: &mut Reader, name: Option<&str>) -> Saving {
+    pub(super) fn read(read: &mut Reader, name: Option<&str>, modules: &Modules) -> Saving {
         let mut rhythm = |every, last, last_state| Rhythm {
             every: read.whole(every, (1, u64::MAX)),
             last: read.whole(last, (1, u64::MAX)),
@@ -97,6 +112,7 @@ impl Saving {
             dir: read.text("output_dir"),
             steps,
             epochs,
+            ranks: modules.ranks(read, RANKS),
             state: read.flag("save_state").unwrap_or(false),
             best: read.flag("save_best").unwrap_or(false),
             precision: read.choice("save_precision", &PRECISIONS).unwrap_or(Float::F32),
@@ -111,11 +127,15 @@ impl Saving {
                 read.problem(format!("`save_last_n_{unit}_state` needs save_state"));
             }
         }
+        if !saving.ranks.is_empty() && read.get("dim_from_weights") == Some(&json!(true)) {
+            read.problem(format!("`{RANKS}` needs ranks of these options, not those of dim_from_weights"));
+        }
         let asked = [
             ("save_every_n_steps", steps.every.is_some()),
             ("save_every_n_epochs", epochs.every.is_some()),
             ("save_state", saving.state),
             ("save_best", saving.best),
+            (RANKS, !saving.ranks.is_empty()),
         ];
         if read.get("output_dir").is_none() {
             let asked = asked.iter().filter(|(_, asked)| *asked);
@@ -154,11 +174,20 @@ impl Saving {
                 }
             }
         }
+        if !self.ranks.is_empty() {
+            map.insert(RANKS.into(), json!(self.ranks));
+        }
         for (option, value) in [("save_state", self.state), ("save_best", self.best)] {
             if value {
                 map.insert(option.into(), json!(true));
             }
         }
+    }
+
+    /// What is written whenever an adapter is, the state last, so that it knows of the others.
+    pub(super) fn parts(&self) -> impl Iterator<Item = Part> + '_ {
+        let ranks = self.ranks.iter().map(|&rank| Part::Ranks(rank));
+        [Part::Adapter].into_iter().chain(ranks).chain(self.state.then_some(Part::State))
     }
 
     /// The files due at a moment, the best one first so that the others' states know of it. `steps` counts the updates; `between` says that
@@ -202,22 +231,29 @@ impl Saving {
             }
             let epochs = of(|kind| if let Kind::Epoch(n) = kind { Some(n) } else { None });
             if let Some(last) = last(self.epochs) {
-                let gone = epochs.iter().skip(usize::try_from(last).unwrap_or(usize::MAX));
-                old.extend(gone.map(|(_, f)| (*f).clone()));
+                let mut numbers: Vec<u64> = epochs.iter().map(|(n, _)| *n).collect();
+                numbers.dedup();
+                if let Some(most) = numbers.get(usize::try_from(last).unwrap_or(usize::MAX)) {
+                    old.extend(epochs.iter().filter(|(n, _)| n <= most).map(|(_, f)| (*f).clone()));
+                }
             }
         }
         old
     }
 }
 
-/// The name of a file, as sd-scripts has it.
-pub(super) fn file_name(name: &str, kind: Kind, state: bool) -> String {
-    let state = if state { "-state" } else { "" };
+/// The name of a file, as sd-scripts has it; it cuts no adapters.
+pub(super) fn file_name(name: &str, kind: Kind, part: Part) -> String {
+    let part = match part {
+        Part::Adapter => String::new(),
+        Part::Ranks(rank) => format!("-r{rank}"),
+        Part::State => "-state".into(),
+    };
     match kind {
-        Kind::Step(n) => format!("{name}-step{n:08}{state}.safetensors"),
-        Kind::Epoch(n) => format!("{name}-{n:06}{state}.safetensors"),
-        Kind::Best => format!("{name}-best{state}.safetensors"),
-        Kind::Final => format!("{name}{state}.safetensors"),
+        Kind::Step(n) => format!("{name}-step{n:08}{part}.safetensors"),
+        Kind::Epoch(n) => format!("{name}-{n:06}{part}.safetensors"),
+        Kind::Best => format!("{name}-best{part}.safetensors"),
+        Kind::Final => format!("{name}{part}.safetensors"),
     }
 }
 
@@ -234,7 +270,6 @@ mod tests {
     /// Plays a run of `steps` steps in epochs of `length`, and gives what is on the disk after each step.
     fn play(options: &str, steps: u64, length: u64) -> Vec<Vec<String>> {
         let (saving, mut run, mut disk) = (saving(options), Run::default(), Vec::<String>::new());
-        let states: &[bool] = if saving.state { &[false, true] } else { &[false] };
         let mut seen = Vec::new();
         for step in 1..=steps {
             let mut moments = vec![Moment::Step];
@@ -244,10 +279,10 @@ mod tests {
             for moment in moments {
                 run.epoch += u64::from(moment == Moment::Epoch);
                 for kind in saving.due(moment, step, true, f64::NAN, &run) {
-                    for &state in states {
-                        let file = file_name("x", kind, state);
+                    for part in saving.parts() {
+                        let file = file_name("x", kind, part);
                         disk.push(file.clone());
-                        run.note(Kept { file, kind, state });
+                        run.note(Kept { file, kind, state: part == Part::State });
                     }
                 }
                 for old in saving.outdated(&run.files) {
@@ -321,6 +356,19 @@ mod tests {
     }
 
     #[test]
+    fn cut_adapters_go_with_the_whole_ones() {
+        let last = |options: &str| {
+            let options = format!("algo = 'dylora'\nsave_ranks = [4, 12]\nsave_state = true\n{options}");
+            play(&options, 40, 10).pop().unwrap()
+        };
+        let parts = |name: &str| ["", "-r4", "-r12", "-state"].map(|end| format!("{name}{end}.safetensors"));
+        let steps = last("save_every_n_steps = 10\nsave_last_n_steps = 10");
+        assert_eq!(steps, [parts("x-step00000030"), parts("x-step00000040")].concat());
+        let epochs = last("save_every_n_epochs = 1\nsave_last_n_epochs = 2");
+        assert_eq!(epochs, [parts("x-000003"), parts("x-000004")].concat());
+    }
+
+    #[test]
     fn the_best_is_what_is_less_than_all_before() {
         let (saving, mut run) = (saving("save_best = true\nsave_every_n_steps = 2"), Run::default());
         let mut due = |moment, steps, between, value: f64| {
@@ -359,6 +407,7 @@ mod tests {
                 "output_dir = 'o'\noutput_name = 'x'\nsave_every_n_epochs = 1\nsave_last_n_epochs_state = 1",
                 "`save_last_n_epochs_state` needs save_state",
             ),
+            ("algo = 'dylora'\nsave_ranks = [4]", "`save_ranks` needs output_dir"),
             ("save_precision = 'fp8'", "expected float, fp32, fp16, bf16"),
             ("save_best = 1", "`save_best` is 1, expected true or false"),
             ("metadata = {a = 1}", "`metadata` is {\"a\":1}, expected an object of texts"),
@@ -366,6 +415,49 @@ mod tests {
             let told = Config::parse(text).unwrap_err().to_string();
             assert!(told.contains(part), "`{part}` is missing in: {told}");
             assert!(!told.contains("2 problems"), "{told}");
+        }
+    }
+
+    #[test]
+    fn ranks_are_those_that_were_trained() {
+        let parse = |options: &str| {
+            let text = format!("output_dir = 'o'\noutput_name = 'x'\nblock_size = 4\n{options}");
+            Config::parse(&text).map_err(|error| error.to_string())
+        };
+        let dylora = |options: &str| parse(&format!("algo = 'dylora'\n{options}"));
+        for fine in [
+            "save_ranks = [12, 4]",
+            "save_ranks = [16, 24]\nconv_dim = 32",
+            // What has no more ranks stays whole.
+            "save_ranks = [12]\nname_algo_map = {'*ff*' = {network_dim = 9, conv_dim = 9, block_size = 9}}",
+            "save_ranks = [4]\nname_algo_map = {'*ff*' = {algo = 'none'}}",
+        ] {
+            assert!(dylora(fine).is_ok(), "{fine}");
+        }
+        let expected = "expected a list of different ranks from 1 to below that of modules, 16";
+        for wrong in ["[0]", "[16]", "[4, 8, 4]", "4", "[4.0]", "[-4]", "['4']"] {
+            let told = dylora(&format!("save_ranks = {wrong}")).unwrap_err();
+            assert!(told.contains("`save_ranks` is") && told.contains(expected), "{told}");
+        }
+        for (told, part) in [
+            (dylora("save_ranks = [4, 6]"), "`save_ranks` has 6, no multiple of `block_size`, 4"),
+            (
+                dylora("save_ranks = [4]\nname_algo_map = {'*ff*' = {block_size = 8}}"),
+                "`save_ranks` has 4, no multiple of `name_algo_map.*ff*.block_size`, 8",
+            ),
+            (
+                dylora("save_ranks = [4]\nname_algo_map = {'*ff*' = {algo = 'lora'}}"),
+                "`name_algo_map.*ff*.algo` is lora",
+            ),
+            (parse("save_ranks = [4]\nname_algo_map = {'*ff*' = {network_dim = 8}}"), "; `algo` is lora"),
+            (parse("save_ranks = [4]\nalgo = 'tlora'"), "`save_ranks` needs algo dylora"),
+            (
+                dylora("save_ranks = [4]\nnetwork_weights = 'a'\ndim_from_weights = true"),
+                "not those of dim_from_weights",
+            ),
+        ] {
+            let told = told.unwrap_err();
+            assert!(told.contains(part) && !told.contains("2 problems"), "`{part}` is missing in: {told}");
         }
     }
 }

@@ -81,15 +81,22 @@ fn network_module<'a>(algorithms: impl Iterator<Item = &'a str>) -> (&'static st
 
 impl Network {
     /// What sd-scripts and modelspec would say about this network, with what the host adds, first by its configuration, then by `added`,
-    /// which wins; every value is text. Nothing but the end of training and the date depends on the clock.
-    pub(super) fn metadata(&self, added: &BTreeMap<String, String>, steps: u64) -> BTreeMap<String, String> {
+    /// which wins; every value is text. Nothing but the end of training and the date depends on the clock. `rank` is that to which the
+    /// adapter is cut.
+    pub(super) fn metadata(
+        &self,
+        added: &BTreeMap<String, String>,
+        steps: u64,
+        rank: Option<usize>,
+    ) -> BTreeMap<String, String> {
         let (c, options) = (&self.config, &self.config.modules.all);
+        let cut = |dim: usize| rank.map_or(dim, |rank| dim.min(rank)).to_string();
         let schedule = c.schedule();
         let finished_at = now();
         let (module, algo) = network_module(self.modules.iter().map(|m| m.algorithm.name()));
         let mut all: BTreeMap<&str, String> = BTreeMap::from([
             ("ss_network_module", module.into()),
-            ("ss_network_dim", options.rule.dim.to_string()),
+            ("ss_network_dim", cut(options.rule.dim)),
             ("ss_network_alpha", options.rule.alpha.to_string()),
             ("ss_learning_rate", schedule.base.to_string()),
             ("ss_lr_scheduler", schedule.scheduler.name().into()),
@@ -117,7 +124,7 @@ impl Network {
             args.insert("dora_wd".into(), json!("True"));
         }
         if self.modules.iter().any(|m| m.layer.large_kernel()) {
-            args.insert("conv_dim".into(), json!(options.conv_dim.to_string()));
+            args.insert("conv_dim".into(), json!(cut(options.conv_dim)));
             args.insert("conv_alpha".into(), json!(options.conv_alpha.to_string()));
         }
         if !args.is_empty() {
@@ -211,7 +218,7 @@ mod tests {
         let facts = |name: &str, shape: &[usize], options: &str| {
             let mut network = Network::new(Config::parse(options).unwrap()).unwrap();
             network.add_module(name, shape, Geometry::default()).unwrap();
-            let all = network.metadata(&BTreeMap::new(), 0);
+            let all = network.metadata(&BTreeMap::new(), 0, None);
             ["ss_base_model_version", "ss_v2", "modelspec.architecture"]
                 .map(|key| all.get(key).cloned().unwrap_or_default())
         };
@@ -235,7 +242,7 @@ mod tests {
             Config::parse("metadata = {ss_session_id = '0', ss_steps = 'many', own = 'a'}").unwrap(),
         )
         .unwrap();
-        let all = network.metadata(&BTreeMap::from([("own".to_owned(), "b".to_owned())]), 0);
+        let all = network.metadata(&BTreeMap::from([("own".to_owned(), "b".to_owned())]), 0, None);
         assert_eq!((&*all["own"], &*all["ss_steps"], &all[SESSION]), ("b", "many", &network.session.id));
     }
 

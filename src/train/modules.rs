@@ -8,6 +8,7 @@ use crate::algo::training::{family, inside, Begin, Layer, Rule, Spectrum};
 use crate::algo::TRAINED;
 use crate::merge::plan::glob;
 use serde_json::{json, Map, Value};
+use std::collections::BTreeSet;
 
 /// The documented options, in the order of the documentation.
 pub(super) static KEYS: &[Key] = &[
@@ -274,6 +275,43 @@ impl Modules {
     pub(super) fn of(&self, names: [&str; 2]) -> &ModuleOptions {
         let matching = self.some.iter().find(|(pattern, _)| names.iter().any(|name| glob(pattern, name)));
         matching.map_or(&self.all, |(_, options)| options)
+    }
+
+    /// The option `name`: ranks to which whole adapters can be cut. Of DyLoRA alone every prefix of the ranks is an adapter; T-LoRA's are
+    /// for noisy timesteps.
+    pub(super) fn ranks(&self, read: &mut Reader, name: &str) -> Vec<usize> {
+        let Some(value) = read.get(name) else { return Vec::new() };
+        let some = self.some.iter().map(|(pattern, options)| (format!("{MAP}.{pattern}."), options));
+        let sets: Vec<_> = [(String::new(), &self.all)].into_iter().chain(some).collect();
+        let largest = |options: &ModuleOptions| options.rule.dim.max(options.conv_dim);
+        let most = sets.iter().map(|(_, options)| largest(options)).max().unwrap_or(1);
+        let ranks: Option<Vec<usize>> = serde_json::from_value(value.clone()).ok();
+        let fine = |ranks: &Vec<usize>| {
+            ranks.iter().all(|rank| (1..most).contains(rank))
+                && ranks.iter().collect::<BTreeSet<_>>().len() == ranks.len()
+        };
+        let Some(ranks) = ranks.filter(fine) else {
+            read.wrong(
+                name,
+                value,
+                &format!("a list of different ranks from 1 to below that of modules, {most}"),
+            );
+            return Vec::new();
+        };
+        for (prefix, options) in sets.iter().filter(|_| !ranks.is_empty()) {
+            let block = options.rule.block_size;
+            let between = ranks.iter().find(|&rank| *rank < largest(options) && rank % block != 0);
+            let problem = match (options.algo, between) {
+                (Some("dylora"), Some(rank)) => format!("`{name}` has {rank}, no multiple of `{prefix}block_size`, {block}"),
+                (Some("dylora"), None) | (None, _) => continue,
+                (Some(other), _) => format!("`{name}` needs algo dylora, which trains the first ranks to work without the others; `{prefix}algo` is {other}"),
+            };
+            // What is wrong for all has been told.
+            if !read.problems.contains(&problem.replace(prefix, "")) {
+                read.problem(problem);
+            }
+        }
+        ranks
     }
 
     /// Whether any module leaves something out by chance, or chooses.

@@ -120,6 +120,36 @@ def test_a_resumed_run_goes_on_with_its_own_files(tmp_path):
     assert len({metadata_of(file.with_suffix(".safetensors"))["ss_session_id"] for file in files}) == 1
 
 
+def test_dylora_is_saved_at_several_ranks(tmp_path):
+    folder = tmp_path / "out"
+    config = {"algo": "dylora", "network_dim": 12, "network_alpha": 3, "conv_dim": 6, "block_size": 2, "ema_decay": 0.5}
+    config |= {"save_ranks": [4, 8], "save_every_n_steps": 2, "save_last_n_steps": 2, "save_best": True}
+    model, network = run(folder, config | {"save_precision": "bf16"})
+    reports = train(model, network, range(5))
+    ends = ("", "-r4", "-r8")
+    network.checkpoint(1.0)
+    network.finish()
+    assert reports[3]["written"] == [str(folder / f"x-step00000004{end}.safetensors") for end in ends]
+    train(model, network, range(5, 6))
+    kept = ["x", "x-best", "x-step00000004", "x-step00000006"]
+    assert names(folder) == sorted(f"{name}{end}" for name in kept for end in ends)
+    for name in kept:
+        with lycore.open(folder / f"{name}.safetensors") as whole:
+            for rank in (4, 8):
+                path = folder / f"{name}-r{rank}.safetensors"
+                with whole.prefix(rank) as cut:
+                    cut.save(tmp_path / "cut.safetensors")
+                want, got = load_file(tmp_path / "cut.safetensors"), load_file(path)
+                assert want.keys() == got.keys() and all(torch.equal(got[key], want[key]) for key in want)
+                ranks = {len(tensor) for key, tensor in got.items() if key.endswith("lora_down.weight")}
+                assert ranks == {rank, min(rank, 6)}
+                facts, all_of_them = metadata_of(path), metadata_of(folder / f"{name}.safetensors")
+                differ = {key for key in facts if facts[key] != all_of_them[key]}
+                assert differ - {"ss_network_args"} == {"ss_network_dim", "sshs_model_hash"}
+                assert facts["ss_network_dim"] == str(rank) and facts["ss_network_alpha"] == "3"
+                assert json.loads(facts["ss_network_args"])["conv_dim"] == str(min(rank, 6))
+
+
 def test_files_of_others_are_never_deleted(tmp_path):
     foreign = {}
     for name in ("x-step00000001", "x-step00000003", "x-step00000000", "x-000001", "y-step00000002"):
