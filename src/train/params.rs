@@ -119,7 +119,8 @@ impl Plan {
         Ok(self.segments.len() - 1)
     }
 
-    /// Places the parameters, those of one learning rate side by side; gives the ranges of each rate with it.
+    /// Places the parameters, those of one learning rate side by side, and among them those of one shape; gives the ranges of each rate with
+    /// it.
     pub fn place(&mut self) -> Vec<(Range<usize>, f64)> {
         let mut groups: Vec<(Range<usize>, f64)> = Vec::new();
         for used in &self.uses {
@@ -130,7 +131,14 @@ impl Plan {
         let mut end = 0;
         for (range, rate) in &mut groups {
             range.start = end;
+            let mut shapes: Vec<(Vec<usize>, Vec<&mut Segment>)> = Vec::new();
             for (segment, _) in self.segments.iter_mut().zip(&self.uses).filter(|(_, u)| u.rate == *rate) {
+                match shapes.iter_mut().find(|(shape, _)| *shape == segment.shape) {
+                    Some((_, alike)) => alike.push(segment),
+                    None => shapes.push((segment.shape.clone(), vec![segment])),
+                }
+            }
+            for segment in shapes.into_iter().flat_map(|(_, alike)| alike) {
                 segment.offset = end;
                 end += segment.count().next_multiple_of(self.align);
             }
@@ -402,6 +410,17 @@ mod tests {
         assert_eq!(plan.place(), [(0..256, 1.0), (256..512, 0.5), (512..1024, 0.0)]);
         let offsets: Vec<usize> = plan.segments.iter().map(|s| s.offset).collect();
         assert_eq!(offsets, [0, 256, 128, 512, 384]);
+    }
+
+    #[test]
+    fn parameters_of_one_shape_lie_side_by_side() {
+        let mut plan = Plan::new(1);
+        for shape in [[8, 10], [10, 8], [8, 10], [10, 8]] {
+            plan.push(&parameter(&shape), 1.0).unwrap();
+        }
+        plan.place();
+        let offsets: Vec<usize> = plan.segments.iter().map(|s| s.offset).collect();
+        assert_eq!(offsets, [0, 256, 128, 384]);
     }
 
     #[test]

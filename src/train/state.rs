@@ -16,7 +16,7 @@ use std::path::Path;
 use tch::{Kind, Tensor};
 
 /// Marks the file and its layout; another layout is another number.
-const FORMAT: (&str, &str) = ("lycore_state", "1");
+const FORMAT: (&str, &str) = ("lycore_state", "2");
 
 impl Network {
     /// Writes the resume file; the old one stays until the new one is complete.

@@ -13,7 +13,7 @@
 
 use super::factored::{clip, rms, Squares};
 use super::options::{Check, ABOVE_0, AT_LEAST_0, FLAG, FRACTION, NEGATIVE, TWO_AT_LEAST_0};
-use super::{add_scaled, Layout, Optimizer};
+use super::{add_scaled, Layout, Optimizer, Run};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -69,7 +69,7 @@ pub const CHECKS: &[(&str, Check)] = &[
 /// Adafactor and its state.
 pub struct Adafactor {
     options: Options,
-    layout: Layout,
+    runs: Vec<Run>,
     squares: Squares,
     mean: Option<Tensor>,
 }
@@ -78,8 +78,9 @@ impl Adafactor {
     /// Fresh state.
     pub fn new(options: Options, layout: &Layout, master: &Tensor) -> Result<Self> {
         let mean = options.beta1.map(|_| master.f_zeros_like()).transpose()?;
-        let squares = Squares::new(layout, true, master)?;
-        Ok(Adafactor { options, layout: layout.clone(), squares, mean })
+        let runs = layout.runs();
+        let squares = Squares::new(&runs, true, master)?;
+        Ok(Adafactor { options, runs, squares, mean })
     }
 }
 
@@ -93,9 +94,9 @@ impl Optimizer for Adafactor {
     ) -> Result<()> {
         let o = self.options;
         let decay = 1.0 - (step as f64).powf(o.decay_rate);
-        for (index, segment) in self.layout.segments.iter().enumerate() {
-            let (mut p, g) = (segment.view(master)?, segment.view(gradient)?);
-            let rate = learning_rate * self.layout.factor(segment);
+        for (index, run) in self.runs.iter().enumerate() {
+            let (mut p, g) = (run.view(master)?, run.view(gradient)?);
+            let rate = learning_rate * run.factor;
             let rate = match o.scale_parameter {
                 true => rms(&p)?.f_clamp_min_(o.eps.1)?.f_mul_scalar_(rate)?,
                 false => p.f_new_full([0i64; 0], rate, (p.f_kind()?, p.device()))?,
@@ -105,7 +106,7 @@ impl Optimizer for Adafactor {
             clip(&mut update, o.clip_threshold)?;
             let _ = update.f_mul_(&rate)?;
             if let (Some(mean), Some(b1)) = (&self.mean, o.beta1) {
-                let mut m = segment.view(mean)?;
+                let mut m = run.view(mean)?;
                 let _ = m.f_mul_scalar_(b1)?;
                 add_scaled(&mut m, &update, 1.0 - b1)?;
                 update = m;

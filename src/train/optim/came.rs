@@ -12,7 +12,7 @@
 
 use super::factored::{clip, Squares};
 use super::options::{Check, ABOVE_0, AT_LEAST_0, THREE_FRACTIONS, TWO_AT_LEAST_0};
-use super::{add_scaled, Layout, Optimizer};
+use super::{add_scaled, Layout, Optimizer, Run};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -47,7 +47,7 @@ pub const CHECKS: &[(&str, Check)] = &[
 /// CAME and its state.
 pub struct CAME {
     options: Options,
-    layout: Layout,
+    runs: Vec<Run>,
     mean: Tensor,
     squares: Squares,
     deviations: Squares,
@@ -56,13 +56,9 @@ pub struct CAME {
 impl CAME {
     /// Fresh state.
     pub fn new(options: Options, layout: &Layout, master: &Tensor) -> Result<Self> {
-        Ok(CAME {
-            options,
-            layout: layout.clone(),
-            mean: master.f_zeros_like()?,
-            squares: Squares::new(layout, true, master)?,
-            deviations: Squares::new(layout, false, master)?,
-        })
+        let runs = layout.runs();
+        let (squares, deviations) = (Squares::new(&runs, true, master)?, Squares::new(&runs, false, master)?);
+        Ok(CAME { options, runs, mean: master.f_zeros_like()?, squares, deviations })
     }
 }
 
@@ -75,16 +71,15 @@ impl Optimizer for CAME {
         _step: u64,
     ) -> Result<()> {
         let Options { betas: (b1, b2, b3), eps, clip_threshold, weight_decay } = self.options;
-        for (index, segment) in self.layout.segments.iter().enumerate() {
-            let (mut p, g, mut m) =
-                (segment.view(master)?, segment.view(gradient)?, segment.view(&self.mean)?);
-            let rate = learning_rate * self.layout.factor(segment);
+        for (index, run) in self.runs.iter().enumerate() {
+            let (mut p, g, mut m) = (run.view(master)?, run.view(gradient)?, run.view(&self.mean)?);
+            let rate = learning_rate * run.factor;
             self.squares.update(index, &g.f_square()?.f_add_scalar_(eps.0)?, b2)?;
             let mut update = self.squares.inverse_root(index)?.f_mul_(&g)?;
             clip(&mut update, clip_threshold)?;
             let _ = m.f_mul_scalar_(b1)?;
             add_scaled(&mut m, &update, 1.0 - b1)?;
-            let direction = if segment.shape.len() >= 2 {
+            let direction = if run.matrix() {
                 let deviation = update.f_sub_(&m)?.f_square_()?.f_add_scalar_(eps.1)?;
                 self.deviations.update(index, &deviation, b3)?;
                 self.deviations.inverse_root(index)?.f_mul_(&m)?

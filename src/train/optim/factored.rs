@@ -7,10 +7,9 @@
 //! 1 / sqrt(estimate) = 1 / sqrt(rows / mean(rows)) * 1 / sqrt(cols)
 //! ```
 //!
-//! A parameter of one axis keeps every mean.
+//! A parameter of one axis keeps every mean. Parameters of one shape are computed as one.
 
-use super::{add_scaled, Layout};
-use crate::algo::training::long;
+use super::{add_scaled, Run};
 use crate::error::Result;
 use tch::{Kind, Tensor};
 
@@ -22,8 +21,9 @@ pub struct Squares {
     places: Vec<Place>,
 }
 
-/// Where the means of one parameter lie.
+/// Where the means of a run lie.
 struct Place {
+    /// Of the run.
     shape: Vec<i64>,
     /// In `rows`, or in `whole`.
     first: i64,
@@ -48,11 +48,10 @@ fn count(shape: &[i64]) -> i64 {
 
 impl Squares {
     /// Means of zero; `whole` says whether parameters of one axis have any.
-    pub fn new(layout: &Layout, whole: bool, master: &Tensor) -> Result<Self> {
+    pub fn new(runs: &[Run], whole: bool, master: &Tensor) -> Result<Self> {
         let (mut places, mut ends) = (Vec::new(), [0i64; 3]);
-        for segment in &layout.segments {
-            let shape = long(&segment.shape);
-            let matrix = shape.len() >= 2;
+        for run in runs {
+            let (shape, matrix) = (run.shape(), run.matrix());
             let place = if matrix {
                 Place { shape, first: ends[0], second: Some(ends[1]) }
             } else {
@@ -70,7 +69,7 @@ impl Squares {
         Ok(Squares { rows: zeros(ends[0])?, cols: zeros(ends[1])?, whole: zeros(ends[2])?, places })
     }
 
-    /// Takes the new values x of parameter `index` into the mean.
+    /// Takes the new values x of run `index` into the mean.
     pub fn update(&self, index: usize, x: &Tensor, beta: f64) -> Result<()> {
         let place = &self.places[index];
         let (rows, cols) = self.views(place)?;
@@ -86,7 +85,7 @@ impl Squares {
         Ok(())
     }
 
-    /// 1 / sqrt of the estimate of parameter `index`, in its shape.
+    /// 1 / sqrt of the estimate of run `index`, in its shape.
     pub fn inverse_root(&self, index: usize) -> Result<Tensor> {
         let place = &self.places[index];
         let (rows, cols) = self.views(place)?;
@@ -115,12 +114,14 @@ impl Squares {
     }
 }
 
-/// The root of the mean square, on the device.
-pub fn rms(tensor: &Tensor) -> Result<Tensor> {
-    Ok(tensor.f_norm()?.f_div_scalar((tensor.numel() as f64).sqrt())?)
+/// The root of each parameter's mean square, on the device; the first axis is that of the parameters.
+pub fn rms(run: &Tensor) -> Result<Tensor> {
+    let axes: Vec<i64> = (1..run.dim() as i64).collect();
+    let count = run.numel() as f64 / run.size()[0] as f64;
+    Ok(run.f_norm_scalaropt_dim(2, &axes[..], true)?.f_div_scalar(count.sqrt())?)
 }
 
-/// Scales an update down to the given root mean square, if it has more.
+/// Scales each parameter's update down to the given root mean square, if it has more.
 pub fn clip(update: &mut Tensor, threshold: f64) -> Result<()> {
     let excess = rms(update)?.f_div_scalar(threshold)?.f_clamp_min_(1.0)?;
     let _ = update.f_div_(&excess)?;
@@ -129,6 +130,7 @@ pub fn clip(update: &mut Tensor, threshold: f64) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Layout;
     use super::*;
 
     fn wave(shape: &[i64]) -> Tensor {
@@ -138,11 +140,11 @@ mod tests {
 
     #[test]
     fn an_outer_product_and_a_vector_are_kept_whole() {
-        let layout = Layout::of(&[&[3, 5], &[4], &[2, 3, 1, 4]], 43);
-        let squares = Squares::new(&layout, true, &wave(&[43])).unwrap();
-        let outer = wave(&[3, 1]) * wave(&[1, 5]);
-        let outers = wave(&[2, 3, 1, 1]) * wave(&[2, 3, 1, 4]);
-        for (index, x) in [outer, wave(&[4]), outers].iter().enumerate() {
+        let layout = Layout::of(&[&[3, 5], &[3, 5], &[4], &[2, 3, 1, 4]], 58);
+        let squares = Squares::new(&layout.runs(), true, &wave(&[58])).unwrap();
+        let outer = wave(&[2, 3, 1]) * wave(&[2, 1, 5]);
+        let outers = wave(&[1, 2, 3, 1, 1]) * wave(&[1, 2, 3, 1, 4]);
+        for (index, x) in [outer, wave(&[1, 4]), outers].iter().enumerate() {
             // Two updates with one value: b * (1 - b) + (1 - b) of it.
             squares.update(index, x, 0.5).unwrap();
             squares.update(index, x, 0.5).unwrap();
@@ -152,16 +154,18 @@ mod tests {
         }
         let lengths =
             squares.state(["rows", "cols", "whole"]).iter().map(|(_, t)| t.numel()).collect::<Vec<_>>();
-        assert_eq!(lengths, [3 + 6, 5 + 24, 4]);
-        let matrices = Squares::new(&Layout::of(&[&[3, 5]], 15), true, &wave(&[15])).unwrap();
+        assert_eq!(lengths, [2 * 3 + 6, 2 * 5 + 24, 4]);
+        let matrices = Squares::new(&Layout::of(&[&[3, 5]], 15).runs(), true, &wave(&[15])).unwrap();
         assert_eq!(matrices.state(["rows", "cols", "whole"]).len(), 2);
     }
 
     #[test]
     fn an_update_is_scaled_down_but_not_up() {
-        let mut update = wave(&[10]);
+        let mut update = Tensor::cat(&[wave(&[1, 10]), wave(&[1, 10]) * 0.01], 0);
+        let small = update.get(1).copy();
         clip(&mut update, 0.25).unwrap();
-        assert!((rms(&update).unwrap().double_value(&[]) - 0.25).abs() < 1e-6);
+        assert!((rms(&update).unwrap().double_value(&[0, 0]) - 0.25).abs() < 1e-6);
+        assert_eq!(update.get(1), small);
         let before = update.copy();
         clip(&mut update, 1.0).unwrap();
         assert_eq!(update, before);

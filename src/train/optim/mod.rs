@@ -22,6 +22,7 @@ mod schedule_free;
 pub mod sgd;
 
 use super::params::Segment;
+use crate::algo::training::long;
 use crate::error::Result;
 pub use options::Options;
 use std::ops::Range;
@@ -101,6 +102,31 @@ impl Layout {
             .map_or(1.0, |(_, factor)| *factor)
     }
 
+    /// The parameters, those of one shape and rate that lie side by side as one.
+    fn runs(&self) -> Vec<Run> {
+        let mut segments: Vec<&Segment> = self.segments.iter().collect();
+        segments.sort_by_key(|segment| segment.offset);
+        let mut runs: Vec<Run> = Vec::new();
+        for segment in segments {
+            let factor = self.factor(segment);
+            if let Some(last) = runs.last_mut() {
+                let alike = last.first.shape == segment.shape && last.first.stored == segment.stored;
+                let distance = segment.offset - last.first.offset;
+                if last.count == 1 {
+                    last.distance = distance;
+                }
+                let next =
+                    distance == last.distance * last.count && (last.count + 1) * last.distance <= BLOCK;
+                if alike && next && last.factor == factor {
+                    last.count += 1;
+                    continue;
+                }
+            }
+            runs.push(Run { first: segment.clone(), count: 1, distance: segment.count(), factor });
+        }
+        runs
+    }
+
     /// The groups in pieces of at most [`BLOCK`] elements.
     fn parts(&self) -> Vec<Part> {
         let mut parts = Vec::new();
@@ -126,6 +152,39 @@ impl Layout {
             groups: vec![(0..length, 1.0)],
             learning_rate: 1e-2,
         }
+    }
+}
+
+/// Parameters of one shape at equal distances.
+#[derive(Clone, Debug)]
+struct Run {
+    first: Segment,
+    count: usize,
+    distance: usize,
+    /// Of the learning rate.
+    factor: f64,
+}
+
+impl Run {
+    /// The shape of their values, behind an axis of the parameters.
+    fn shape(&self) -> Vec<i64> {
+        [&[self.count as i64], &long(&self.first.shape)[..]].concat()
+    }
+
+    /// Whether each is a matrix, or several.
+    fn matrix(&self) -> bool {
+        self.first.shape.len() >= 2
+    }
+
+    /// Their values in a flat tensor, a view.
+    fn view(&self, flat: &Tensor) -> Result<Tensor> {
+        let stored = &self.first.stored;
+        let mut strides: Vec<i64> =
+            (1..=stored.len()).map(|axis| stored[axis..].iter().product::<usize>() as i64).collect();
+        strides.insert(0, self.distance as i64);
+        let length = (self.count - 1) * self.distance + self.first.count();
+        let own = flat.f_narrow(0, self.first.offset as i64, length as i64)?;
+        Ok(own.f_as_strided(self.shape(), strides, None)?)
     }
 }
 
@@ -273,6 +332,37 @@ mod tests {
                 assert!((plain - scaled).abs() <= 1e-5 * plain.abs(), "{name}, {i}: {plain} beside {scaled}");
             }
             assert_ne!(run(&decaying(name, 0.5), 1.0, 1.0), plain, "{name}");
+        }
+    }
+
+    #[test]
+    fn runs_are_the_parameters() {
+        let segment = |offset, shape: &[usize], stored: &[usize]| Segment {
+            offset,
+            shape: shape.to_vec(),
+            stored: stored.to_vec(),
+        };
+        let segments = vec![
+            segment(64, &[2, 3], &[2, 8]),
+            segment(0, &[2, 3], &[2, 8]),
+            segment(32, &[2, 3], &[2, 8]),
+            segment(80, &[2, 3], &[2, 8]),
+            segment(96, &[6], &[8]),
+            segment(104, &[6], &[8]),
+        ];
+        let layout = Layout { segments, groups: vec![(0..104, 1.0), (104..112, 0.5)], learning_rate: 1.0 };
+        let runs = layout.runs();
+        let counts: Vec<(usize, usize, f64)> =
+            runs.iter().map(|run| (run.first.offset, run.count, run.factor)).collect();
+        assert_eq!(counts, [(0, 3, 1.0), (80, 1, 1.0), (96, 1, 1.0), (104, 1, 0.5)]);
+        let flat = Tensor::arange(128, (Kind::Float, tch::Device::Cpu)).narrow(0, 8, 112);
+        for run in &runs {
+            let view = run.view(&flat).unwrap();
+            for (i, one) in (0..run.count).map(|i| view.get(i as i64)).enumerate() {
+                let offset = run.first.offset + i * run.distance;
+                let alone = Segment { offset, ..run.first.clone() }.view(&flat).unwrap();
+                assert_eq!(one, alone);
+            }
         }
     }
 
