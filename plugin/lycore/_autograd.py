@@ -43,15 +43,15 @@ def hook(
     owner = network._handle()
     address = c_void_p.from_param(owner).value
     operator = _operator(owner.library)
-    hooks, own = layer._forward_hooks, vars(layer)
 
-    def add(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+    # Holds the layer only through its argument: both go as soon as nobody uses them.
+    def add(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         x = inputs[0] if inputs else named["input"]
         # Read at every call: hosts move weights, and replace them.
         weight = layer.weight.detach().to(x.device) if needs_weight else None
         try:
             # Another hook, or a forward that was put over the class's, may have kept the output.
-            alone = fresh and len(hooks) == 1 and "forward" not in own
+            alone = fresh and len(layer._forward_hooks) == 1 and "forward" not in vars(layer)
             return operator(anchor, x, output, weight, address, index, axes, alone)
         except RuntimeError as failure:
             raise errors.of_text(failure) from None

@@ -509,3 +509,17 @@ def test_a_product_is_not_kept_for_a_module():
     y = mlp(noise(5, 6).requires_grad_())
     assert mlp.kept() is None
     y.sum().backward()
+
+
+def test_a_network_and_its_model_go_with_the_last_name():
+    """Without the garbage collector: on a GPU they are gigabytes."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = nn.Sequential(nn.Linear(4, 4))
+        network = attached(model)
+        seen = [weakref.ref(network), weakref.ref(model[0])]
+        del network, model
+        assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
