@@ -881,7 +881,7 @@ lycore_status lycore_network_results(struct lycore_network *network,
 // While a network is held, steps change nothing but the gradients, which they clear. For CUDA graphs:
 //
 // A whole step (forward, backward, lycore_network_step with `out` NULL on the capturing stream, once per micro-batch of the accumulation) can be
-// captured, with every optimizer but Adafactor, CAME and Prodigy with a first beta of 0, on a GPU that the library has kernels for;
+// captured, with every optimizer but Prodigy with a first beta of 0, on a GPU that the library has kernels for;
 // LYCORE_UNSUPPORTED otherwise. The count of steps, the learning rate and whether a gradient is finite are kept on the device, so a
 // replay is a step like any other. In this order: hold; run the step once or more, so that all that is made on first use is there; let go;
 // capture; then before each launch lycore_network_prepare_replay, and lycore_network_results whenever something is to be told. Saving and

@@ -12,6 +12,8 @@
 //            element
 //   measure  d, and what update needs of it, from the sums; one block of 1024 threads
 //
+// Those of factored means (Adafactor, CAME) have libtorch's operations there.
+//
 // All that changes from step to step lies in the clock, so a captured graph of the three goes on by itself. Sums have a fixed order: the same
 // gradients give the same bits.
 #include "common.cuh"
@@ -364,6 +366,16 @@ struct DAdaptLion {
   static __device__ __forceinline__ void apply(const Job&, const Later&, u64, float&) {}
 };
 
+// Nothing: libtorch's operations move the parameters between decide and update.
+struct Given {
+  struct Numbers {};
+  struct Scalars {};
+  struct Later {};
+  static __device__ void common(const Numbers&, Moment&, double* const*) {}
+  static __device__ Scalars scalars(const Numbers&, const Moment&, double) { return {}; }
+  static __device__ __forceinline__ void apply(const Job&, const Later&, u64, float&) {}
+};
+
 // ---- the launches
 
 // The sum over a block, in its first thread.
@@ -577,6 +589,9 @@ __device__ __forceinline__ void follow(const Job& job) {
   extern "C" __global__ void __launch_bounds__(256) gather_##name(const Job job) { gather<Rule>(job); }      \
   extern "C" __global__ void __launch_bounds__(1024) measure_##name(const Job job) { measure<Rule>(job); }   \
   extern "C" __global__ void __launch_bounds__(256) update_##name(const Job job) { follow<Rule>(job); }
+
+extern "C" __global__ void __launch_bounds__(1024) decide_given(const Job job) { decide<Given>(job); }
+extern "C" __global__ void __launch_bounds__(256) update_given(const Job job) { follow<Given>(job); }
 
 MEASURED(prodigy, Prodigy)
 MEASURED(dadapt_adam, DAdaptAdam)

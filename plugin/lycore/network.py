@@ -194,7 +194,7 @@ class Network(Closable):
         loading a state. The network has to live as long as the result is used.
 
         First runs `function` `warmup` times, without changing the network (gradients are cleared) or torch's random
-        numbers. UnsupportedError for an optimizer that cannot be captured: Adafactor, CAME, Prodigy without a mean.
+        numbers. UnsupportedError for Prodigy with a first beta of 0, and without a GPU.
         """
         import torch
 

@@ -7,7 +7,7 @@
 
 use super::config::Config;
 use super::network::{train, Step};
-use super::optim::{Optimizer, Rule};
+use super::optim::{Now, Optimizer, Rule, Way};
 use super::params::{kind, Params};
 use super::schedule::Schedule;
 use crate::cuda::{self, Arg, Gpu, Launcher};
@@ -37,6 +37,7 @@ const HELD: usize = 3;
 const NORM: usize = 4;
 const RATE: usize = 5;
 const UPDATED: usize = 6;
+const SCALE: usize = 7;
 const FIRST: usize = 8;
 const FIELDS: usize = 9;
 
@@ -73,8 +74,7 @@ pub(super) struct Fused {
     gpu: &'static Gpu,
     /// The rule's name in that of its kernels.
     kernel: &'static str,
-    /// Whether it finds the size of its steps from sums over all parameters.
-    measured: bool,
+    way: Way,
     job: Job,
     /// Blocks of the update.
     grid: u32,
@@ -114,7 +114,8 @@ impl Fused {
         let zeros = |length: usize, kind| Tensor::f_zeros([length as i64], (kind, device));
         let scalars = zeros(factors.numel() * 16, Kind::Float)?;
         let parts = count.div_ceil(PART);
-        let partial = zeros(if rule.measured { 3 * parts } else { parts }, Kind::Double)?;
+        let measured = rule.way == Way::Measured;
+        let partial = zeros(if measured { 3 * parts } else { parts }, Kind::Double)?;
         let moment = zeros(MOMENT, Kind::Double)?;
         let clock = zeros(FIELDS + RATES, Kind::Double)?;
         let at = |tensor: &Tensor| tensor.data_ptr() as u64;
@@ -132,7 +133,7 @@ impl Fused {
             max_norm: config.max_grad_norm,
             ema_share: 1.0 - config.ema_decay.unwrap_or(0.0),
             count: count as u64,
-            moment: if rule.measured { at(&moment) } else { 0 },
+            moment: if measured { at(&moment) } else { 0 },
             parts: parts as u32,
             range_count: factors.numel() as u32,
             blocks: blocks as u32,
@@ -150,7 +151,7 @@ impl Fused {
         let mut fused = Fused {
             gpu,
             kernel: rule.kernel,
-            measured: rule.measured,
+            way: rule.way,
             job,
             grid: grid as u32,
             clock,
@@ -170,9 +171,14 @@ impl Fused {
         self.fill(steps, schedule)
     }
 
-    /// Enqueues one update on the current stream. A gradient that is not finite changes nothing; it is cleared and counted if `forgiving`,
-    /// else kept.
-    pub fn step(&mut self, forgiving: bool, schedule: &Schedule) -> Result<()> {
+    /// Enqueues one update on the current stream; `pass` is the optimizer's own part of it, if it has one. A gradient that is not finite
+    /// changes nothing; it is cleared and counted if `forgiving`, else kept.
+    pub fn step(
+        &mut self,
+        forgiving: bool,
+        schedule: &Schedule,
+        pass: impl FnOnce(&Now) -> Result<()>,
+    ) -> Result<()> {
         let captured = on_current_stream(self.gpu, Launcher::is_capturing)?;
         if captured && !forgiving {
             return Err(Error::argument(
@@ -186,23 +192,29 @@ impl Fused {
             self.expect(1, schedule)?;
         }
         let job = Job { forgiving: u32::from(forgiving), ..self.job };
-        on_current_stream(self.gpu, |launcher| {
-            let arguments = [Arg::plain(&job)];
-            // SAFETY: the job is the kernels' only parameter; it points to tensors that live as long as the network and have the sizes
-            // that it tells. The host orders what it does with them by its streams.
-            unsafe {
-                let launch = |kernel: &str, blocks, threads| {
-                    launcher.launch("optimizer", kernel, blocks, threads, &arguments)
-                };
-                launch("squares", job.parts, 256)?;
-                launch(&format!("decide_{}", self.kernel), 1, 1024)?;
-                if self.measured {
-                    launch(&format!("gather_{}", self.kernel), job.parts, 256)?;
-                    launch(&format!("measure_{}", self.kernel), 1, 1024)?;
-                }
-                launch(&format!("update_{}", self.kernel), self.grid, 256)
+        let launch = |kernels: &[(&str, u32, u32)]| {
+            on_current_stream(self.gpu, |launcher| {
+                let arguments = [Arg::plain(&job)];
+                kernels.iter().try_for_each(|&(kernel, blocks, threads)| {
+                    let kernel =
+                        if kernel == "squares" { kernel.into() } else { format!("{kernel}_{}", self.kernel) };
+                    // SAFETY: the job is the kernels' only parameter; it points to tensors that live as long as the network and have the
+                    // sizes that it tells. The host orders what it does with them by its streams.
+                    unsafe { launcher.launch("optimizer", &kernel, blocks, threads, &arguments) }
+                })
+            })
+        };
+        launch(&[("squares", job.parts, 256), ("decide", 1, 1024)])?;
+        match self.way {
+            Way::Once => {}
+            Way::Measured => launch(&[("gather", job.parts, 256), ("measure", 1, 1024)])?,
+            Way::Passes => {
+                let field = |at: usize| Ok::<_, Error>(self.clock.f_get(at as i64)?);
+                let (rate, step, moves) = (field(RATE)?, field(STEPS)?, field(UPDATED)?);
+                tch::no_grad(|| pass(&Now { rate, step, moves, scale: Some(field(SCALE)?) }))?;
             }
-        })
+        }
+        launch(&[("update", self.grid, 256)])
     }
 
     /// So many updates are about to be enqueued on the current stream: their learning rates are made ready. Waits for the stream once in some
@@ -344,6 +356,13 @@ mod tests {
                 r#"{"betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1, "d0": 1e-3, "use_bias_correction": true,
                     "growth_rate": 1.5}"#
             }
+            "Adafactor" => {
+                r#"{"eps": [1e-20, 1e-2], "clip_threshold": 0.7, "decay_rate": -0.7, "beta1": 0.8, "weight_decay": 0.1,
+                    "relative_step": false}"#
+            }
+            "CAME" => {
+                r#"{"betas": [0.8, 0.95, 0.98], "eps": [1e-20, 1e-12], "clip_threshold": 0.7, "weight_decay": 0.1}"#
+            }
             "DAdaptLion" => r#"{"betas": [0.8, 0.95], "weight_decay": 0.1, "d0": 1e-4}"#,
             "Lion" => r#"{"betas": [0.8, 0.95], "weight_decay": 0.1}"#,
             "AdamWScheduleFree" => {
@@ -409,11 +428,14 @@ mod tests {
         tch::no_grad(|| built.params.update().1.copy_(gradient));
     }
 
+    fn enqueue(built: &mut Built, config: &Config, forgiving: bool) {
+        built.step(forgiving, config.schedule()).unwrap();
+    }
+
     fn step(built: &mut Built, config: &Config, gradient: &Tensor) -> Step {
         give(built, gradient);
-        let fused = built.fused.as_mut().unwrap();
-        fused.step(true, config.schedule()).unwrap();
-        fused.results(config.schedule()).unwrap()
+        enqueue(built, config, true);
+        built.fused.as_mut().unwrap().results(config.schedule()).unwrap()
     }
 
     /// All that a step changes.
@@ -497,8 +519,8 @@ mod tests {
                 assert!(unchanged(&built), "{name}: and the gradient is cleared");
                 // Who waits gets the gradient back.
                 give(&mut built, &gradient);
+                enqueue(&mut built, &config, false);
                 let fused = built.fused.as_mut().unwrap();
-                fused.step(false, config.schedule()).unwrap();
                 assert_eq!(fused.results(config.schedule()).unwrap().skipped, 0);
                 assert!(built.params.gradient().narrow(0, 0, 64).equal(&gradient.narrow(0, 0, 64)), "{name}");
             }
@@ -519,7 +541,7 @@ mod tests {
         let schedule = config.schedule();
         let fused = built.fused.as_mut().unwrap();
         for t in 1..=2 * RATES as u64 + 100 {
-            fused.step(true, schedule).unwrap();
+            fused.step(true, schedule, |_| Ok(())).unwrap();
             if t % 5000 == 1 || t > 2 * RATES as u64 + 98 {
                 let told = fused.results(schedule).unwrap();
                 assert_eq!((told.step, told.learning_rate), (t, schedule.learning_rate(t - 1)));
@@ -529,11 +551,11 @@ mod tests {
         // A graph that is replayed without asking.
         fused.start(7, schedule).unwrap();
         fused.left = u64::MAX;
-        (0..RATES + 3).for_each(|_| fused.step(true, schedule).unwrap());
+        (0..RATES + 3).for_each(|_| fused.step(true, schedule, |_| Ok(())).unwrap());
         assert_eq!(fused.settled_steps().unwrap(), Some(7 + RATES as u64));
         let error = fused.results(schedule).unwrap_err().to_string();
         assert!(error.contains("3 updates were left out"), "{error}");
-        fused.step(true, schedule).unwrap();
+        fused.step(true, schedule, |_| Ok(())).unwrap();
         assert_eq!(fused.results(schedule).unwrap().step, 8 + RATES as u64);
         assert!(fused.expect(RATES as u64 + 1, schedule).is_err());
     }

@@ -402,11 +402,10 @@ impl Network {
     /// One update, if the gradient is finite. If not, it is cleared and counted when `forgiving`, else kept.
     fn update(&mut self, forgiving: bool) -> Result<()> {
         let built = self.built.as_mut().ok_or_else(not_built)?;
-        if let Some(fused) = &mut built.fused {
-            fused.step(forgiving, &self.config.schedule)?;
+        if built.step(forgiving, &self.config.schedule)? {
             return match self.config.scale_weight_norms {
                 Some(_) => {
-                    let updated = fused.updated()?;
+                    let updated = self.fused()?.0.updated()?;
                     self.follow(Some(&updated))
                 }
                 None => Ok(()),
@@ -478,8 +477,7 @@ impl Network {
         let place = if built.device.is_cuda() { "this device" } else { "the CPU" };
         let fused = built.fused.as_mut().ok_or_else(|| Error::Unsupported {
             what: format!("{name} on {place} cannot be captured into a CUDA graph"),
-            hint: "on a GPU that this library has kernels for, all optimizers can but Adafactor, CAME, and Prodigy with a \
-                   first beta of 0"
+            hint: "on a GPU that this library has kernels for, all optimizers can but Prodigy with a first beta of 0"
                 .into(),
         })?;
         Ok((fused, schedule))
@@ -579,6 +577,14 @@ impl Built {
         }
         self.placed(m, weight)?;
         self.input(weight).map(Some)
+    }
+
+    /// Enqueues an update where that is done without a wait, see [`Fused::step`]; whether it is.
+    pub(super) fn step(&mut self, forgiving: bool, schedule: &Schedule) -> Result<bool> {
+        let Built { params, optimizer, fused, .. } = self;
+        let Some(fused) = fused else { return Ok(false) };
+        fused.step(forgiving, schedule, |now| optimizer.pass(params.master(), params.gradient(), now))?;
+        Ok(true)
     }
 
     /// The update after `steps` others, on any device; not if the gradient is not finite. Waits for its norm.

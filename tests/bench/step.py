@@ -90,6 +90,8 @@ def main() -> None:
         "Prodigy",
         "DAdaptAdam",
         "DAdaptLion",
+        "Adafactor",
+        "CAME",
     ):
         eager, graph, count = ours(optimizer)
         goal = f", at most {GOAL:g}{' **missed**' * (eager > GOAL)}" if optimizer == "AdamW" else ""

@@ -13,7 +13,7 @@
 
 use super::factored::{clip, rms, Squares};
 use super::options::{Check, ABOVE_0, AT_LEAST_0, FLAG, FRACTION, NEGATIVE, TWO_AT_LEAST_0};
-use super::{add_scaled, Layout, Optimizer, Run};
+use super::{given, mix, Layout, Now, Optimizer, Part, Rule, Run};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -70,6 +70,7 @@ pub const CHECKS: &[(&str, Check)] = &[
 pub struct Adafactor {
     options: Options,
     runs: Vec<Run>,
+    parts: Vec<Part>,
     squares: Squares,
     mean: Option<Tensor>,
 }
@@ -80,7 +81,7 @@ impl Adafactor {
         let mean = options.beta1.map(|_| master.f_zeros_like()).transpose()?;
         let runs = layout.runs();
         let squares = Squares::new(&runs, true, master)?;
-        Ok(Adafactor { options, runs, squares, mean })
+        Ok(Adafactor { options, runs, parts: layout.parts(), squares, mean })
     }
 }
 
@@ -92,23 +93,29 @@ impl Optimizer for Adafactor {
         learning_rate: f64,
         step: u64,
     ) -> Result<()> {
+        self.pass(master, gradient, &Now::of(learning_rate, step, master)?)
+    }
+
+    fn rule(&self) -> Option<Rule<'_>> {
+        Some(given(&self.parts))
+    }
+
+    fn pass(&mut self, master: &Tensor, gradient: &Tensor, now: &Now) -> Result<()> {
         let o = self.options;
-        let decay = 1.0 - (step as f64).powf(o.decay_rate);
+        let fresh = now.step.f_pow_tensor_scalar(o.decay_rate)?.f_mul_(&now.moves)?;
         for (index, run) in self.runs.iter().enumerate() {
-            let (mut p, g) = (run.view(master)?, run.view(gradient)?);
-            let rate = learning_rate * run.factor;
-            let rate = match o.scale_parameter {
-                true => rms(&p)?.f_clamp_min_(o.eps.1)?.f_mul_scalar_(rate)?,
-                false => p.f_new_full([0i64; 0], rate, (p.f_kind()?, p.device()))?,
-            };
-            self.squares.update(index, &g.f_square()?.f_add_scalar_(o.eps.0)?, decay)?;
+            let (mut p, g) = (run.view(master)?, now.gradient(run.view(gradient)?)?);
+            let mut rate = now.rate.f_mul(&now.share(run.factor)?)?;
+            if o.scale_parameter {
+                rate = rms(&p)?.f_clamp_min_(o.eps.1)?.f_mul_(&rate)?;
+            }
+            self.squares.update(index, &g.f_square()?.f_add_scalar_(o.eps.0)?, &fresh)?;
             let mut update = self.squares.inverse_root(index)?.f_mul_(&g)?;
             clip(&mut update, o.clip_threshold)?;
-            let _ = update.f_mul_(&rate)?;
+            let mut update = now.finite({ update }.f_mul_(&rate)?)?;
             if let (Some(mean), Some(b1)) = (&self.mean, o.beta1) {
                 let mut m = run.view(mean)?;
-                let _ = m.f_mul_scalar_(b1)?;
-                add_scaled(&mut m, &update, 1.0 - b1)?;
+                mix(&mut m, &update, &now.share(1.0 - b1)?)?;
                 update = m;
             }
             if o.weight_decay != 0.0 {

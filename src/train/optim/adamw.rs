@@ -9,7 +9,7 @@
 //! ```
 
 use super::options::{Check, AT_LEAST_0, TWO_FRACTIONS};
-use super::{Layout, Optimizer, Part, Rule};
+use super::{Layout, Optimizer, Part, Rule, Way};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -86,7 +86,7 @@ impl Optimizer for AdamW {
             numbers: vec![b1, b2, eps, weight_decay],
             state: vec![&self.mean, &self.square],
             carried: Vec::new(),
-            measured: false,
+            way: Way::Once,
             ranges: self.parts.clone(),
             blocks: None,
         })

@@ -14,7 +14,7 @@
 //! Operation by operation as its CPU kernel.
 
 use super::options::{Check, AT_LEAST_0, TWO_FRACTIONS, WHOLE};
-use super::{add_scaled, Layout, Optimizer, Part, Rule, BLOCK};
+use super::{add_scaled, Layout, Optimizer, Part, Rule, Way, BLOCK};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -190,7 +190,7 @@ impl Optimizer for AdamW8bit {
             numbers: vec![b1, b2, eps, weight_decay],
             state: [&self.mean, &self.square].into_iter().flat_map(Means::tensors).collect(),
             carried: Vec::new(),
-            measured: false,
+            way: Way::Once,
             ranges: self.runs.iter().map(range).collect(),
             blocks: Some(self.runs.iter().map(|run| (run.kept, run.small)).collect()),
         })

@@ -12,7 +12,7 @@
 
 use super::factored::{clip, Squares};
 use super::options::{Check, ABOVE_0, AT_LEAST_0, THREE_FRACTIONS, TWO_AT_LEAST_0};
-use super::{add_scaled, Layout, Optimizer, Run};
+use super::{given, mix, Layout, Now, Optimizer, Part, Rule, Run};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -48,6 +48,7 @@ pub const CHECKS: &[(&str, Check)] = &[
 pub struct CAME {
     options: Options,
     runs: Vec<Run>,
+    parts: Vec<Part>,
     mean: Tensor,
     squares: Squares,
     deviations: Squares,
@@ -58,7 +59,7 @@ impl CAME {
     pub fn new(options: Options, layout: &Layout, master: &Tensor) -> Result<Self> {
         let runs = layout.runs();
         let (squares, deviations) = (Squares::new(&runs, true, master)?, Squares::new(&runs, false, master)?);
-        Ok(CAME { options, runs, mean: master.f_zeros_like()?, squares, deviations })
+        Ok(CAME { options, runs, parts: layout.parts(), mean: master.f_zeros_like()?, squares, deviations })
     }
 }
 
@@ -68,29 +69,38 @@ impl Optimizer for CAME {
         master: &mut Tensor,
         gradient: &mut Tensor,
         learning_rate: f64,
-        _step: u64,
+        step: u64,
     ) -> Result<()> {
+        self.pass(master, gradient, &Now::of(learning_rate, step, master)?)
+    }
+
+    fn rule(&self) -> Option<Rule<'_>> {
+        Some(given(&self.parts))
+    }
+
+    fn pass(&mut self, master: &Tensor, gradient: &Tensor, now: &Now) -> Result<()> {
         let Options { betas: (b1, b2, b3), eps, clip_threshold, weight_decay } = self.options;
         for (index, run) in self.runs.iter().enumerate() {
-            let (mut p, g, mut m) = (run.view(master)?, run.view(gradient)?, run.view(&self.mean)?);
-            let rate = learning_rate * run.factor;
-            self.squares.update(index, &g.f_square()?.f_add_scalar_(eps.0)?, b2)?;
+            let (mut p, mut m) = (run.view(master)?, run.view(&self.mean)?);
+            let g = now.gradient(run.view(gradient)?)?;
+            let rate = now.rate.f_mul(&now.share(run.factor)?)?;
+            self.squares.update(index, &g.f_square()?.f_add_scalar_(eps.0)?, &now.share(1.0 - b2)?)?;
             let mut update = self.squares.inverse_root(index)?.f_mul_(&g)?;
             clip(&mut update, clip_threshold)?;
-            let _ = m.f_mul_scalar_(b1)?;
-            add_scaled(&mut m, &update, 1.0 - b1)?;
+            let mut update = now.finite(update)?;
+            mix(&mut m, &update, &now.share(1.0 - b1)?)?;
             let direction = if run.matrix() {
                 let deviation = update.f_sub_(&m)?.f_square_()?.f_add_scalar_(eps.1)?;
-                self.deviations.update(index, &deviation, b3)?;
-                self.deviations.inverse_root(index)?.f_mul_(&m)?
+                self.deviations.update(index, &deviation, &now.share(1.0 - b3)?)?;
+                now.finite(self.deviations.inverse_root(index)?.f_mul_(&m)?)?
             } else {
                 m
             };
             if weight_decay != 0.0 {
-                let decay = p.f_mul_scalar(-weight_decay * rate)?;
-                let _ = p.f_add_(&decay)?;
+                let decay = p.f_mul(&rate.f_mul_scalar(weight_decay)?)?;
+                let _ = p.f_sub_(&decay)?;
             }
-            add_scaled(&mut p, &direction, -rate)?;
+            let _ = p.f_sub_(&direction.f_mul(&rate)?)?;
         }
         Ok(())
     }

@@ -15,7 +15,9 @@
 //! The factor of a group's rate is what dadaptation calls `layer_scale`: it multiplies the group's n, its part of m and of |s|_1.
 
 use super::options::{Check, ABOVE_0, AT_LEAST_0, FLAG, TWO_FRACTIONS};
-use super::{add_scaled, bias_correction, choose, lower_bound, scalar, sum, Layout, Optimizer, Part, Rule};
+use super::{
+    add_scaled, bias_correction, choose, lower_bound, scalar, sum, Layout, Optimizer, Part, Rule, Way,
+};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -161,7 +163,7 @@ impl Optimizer for DAdaptAdam {
             state: vec![&self.mean, &self.square, &self.sum],
             carried: vec![&self.d, &self.numerator, &self.updates],
             ranges: self.parts.clone(),
-            measured: true,
+            way: Way::Measured,
             blocks: None,
         })
     }

@@ -16,7 +16,7 @@
 //! The factor of a group's rate multiplies its update of p. In units of the factor the update is c * u, so n and |s|_1 need none.
 
 use super::options::{Check, ABOVE_0, AT_LEAST_0, TWO_FRACTIONS};
-use super::{choose, lower_bound, scalar, sum, Layout, Optimizer, Part, Rule};
+use super::{choose, lower_bound, scalar, sum, Layout, Optimizer, Part, Rule, Way};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -109,7 +109,7 @@ impl Optimizer for DAdaptLion {
             state: vec![&self.mean, &self.sum],
             carried: vec![&self.d, &self.numerator],
             ranges: self.parts.clone(),
-            measured: true,
+            way: Way::Measured,
             blocks: None,
         })
     }

@@ -9,7 +9,7 @@
 //!
 //! A parameter of one axis keeps every mean. Parameters of one shape are computed as one.
 
-use super::{add_scaled, Run};
+use super::{mix, Run};
 use crate::error::Result;
 use tch::{Kind, Tensor};
 
@@ -69,18 +69,15 @@ impl Squares {
         Ok(Squares { rows: zeros(ends[0])?, cols: zeros(ends[1])?, whole: zeros(ends[2])?, places })
     }
 
-    /// Takes the new values x of run `index` into the mean.
-    pub fn update(&self, index: usize, x: &Tensor, beta: f64) -> Result<()> {
+    /// Takes the new values x of run `index` into the mean: `share` is 1 - b, on the device.
+    pub fn update(&self, index: usize, x: &Tensor, share: &Tensor) -> Result<()> {
         let place = &self.places[index];
         let (rows, cols) = self.views(place)?;
         let Some(mut cols) = cols else {
-            let mut whole = rows;
-            let _ = whole.f_mul_scalar_(beta)?;
-            return add_scaled(&mut whole, x, 1.0 - beta);
+            return mix(&mut { rows }, x, share);
         };
         for (mean, axis) in [(&mut { rows }, -1i64), (&mut cols, -2)] {
-            let _ = mean.f_mul_scalar_(beta)?;
-            add_scaled(mean, &x.f_mean_dim([axis].as_slice(), false, None::<Kind>)?, 1.0 - beta)?;
+            mix(mean, &x.f_mean_dim([axis].as_slice(), false, None::<Kind>)?, share)?;
         }
         Ok(())
     }
@@ -146,8 +143,8 @@ mod tests {
         let outers = wave(&[1, 2, 3, 1, 1]) * wave(&[1, 2, 3, 1, 4]);
         for (index, x) in [outer, wave(&[1, 4]), outers].iter().enumerate() {
             // Two updates with one value: b * (1 - b) + (1 - b) of it.
-            squares.update(index, x, 0.5).unwrap();
-            squares.update(index, x, 0.5).unwrap();
+            squares.update(index, x, &Tensor::from(0.5)).unwrap();
+            squares.update(index, x, &Tensor::from(0.5)).unwrap();
             let off = squares.inverse_root(index).unwrap() * (x * 0.75).sqrt() - 1.0;
             assert_eq!(off.size(), x.size());
             assert!(off.abs().max().double_value(&[]) < 1e-6, "{index}");

@@ -7,7 +7,7 @@
 //! ```
 
 use super::options::{Check, AT_LEAST_0, FLAG, TWO_FRACTIONS};
-use super::{add_scaled, Layout, Optimizer, Part, Rule};
+use super::{add_scaled, Layout, Optimizer, Part, Rule, Way};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -79,7 +79,7 @@ impl Optimizer for Lion {
             numbers: vec![self.betas.0, self.betas.1, self.weight_decay],
             state: vec![&self.mean],
             carried: Vec::new(),
-            measured: false,
+            way: Way::Once,
             ranges: self.parts.clone(),
             blocks: None,
         })

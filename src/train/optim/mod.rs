@@ -44,9 +44,14 @@ pub trait Optimizer: Send {
         step: u64,
     ) -> Result<()>;
 
-    /// How one pass on a GPU does the same, where `kernels/optimizer.cu` can.
+    /// How it is done on a GPU without a wait, with `kernels/optimizer.cu`; `None` where it cannot be.
     fn rule(&self) -> Option<Rule<'_>> {
         None
+    }
+
+    /// [`Way::Passes`]: one update with the numbers of a moment on the device. The gradient is as it was accumulated, and stays.
+    fn pass(&mut self, _master: &Tensor, _gradient: &Tensor, _now: &Now) -> Result<()> {
+        Ok(())
     }
 
     /// The values that an adapter file gets, where they are not those of `master`. Asked only after a first step.
@@ -75,10 +80,72 @@ pub struct Rule<'a> {
     pub carried: Vec<&'a Tensor>,
     /// The ranges of one learning rate, ascending.
     pub ranges: Vec<Part>,
-    /// Whether the size of a step is found from sums over all parameters, the d of its formula.
-    pub measured: bool,
+    /// Its launches.
+    pub way: Way,
     /// For a state in 8 bits that is laid out otherwise than the parameters: for each range where in it that begins, and whether it keeps 32.
     pub blocks: Option<Vec<(usize, bool)>>,
+}
+
+/// What stands between the decision that an update is made and the copies of its parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// One launch that makes them too.
+    Once,
+    /// Sums over all parameters, from which the size of the step is found: the d of its formula.
+    Measured,
+    /// libtorch's operations, in [`Optimizer::pass`].
+    Passes,
+}
+
+/// The numbers of an update where only the device knows them, each in f64.
+#[derive(Debug)]
+pub struct Now {
+    /// The learning rate.
+    pub rate: Tensor,
+    /// Which update it is, counted from 1.
+    pub step: Tensor,
+    /// 1; 0 where nothing shall change, whatever the gradient holds.
+    pub moves: Tensor,
+    /// What the gradient is to be multiplied by; `None`: that is done.
+    pub scale: Option<Tensor>,
+}
+
+impl Now {
+    /// Of numbers that the host knows.
+    fn of(learning_rate: f64, step: u64, beside: &Tensor) -> Result<Now> {
+        let number = |value| scalar(value, beside);
+        Ok(Now { rate: number(learning_rate)?, step: number(step as f64)?, moves: number(1.0)?, scale: None })
+    }
+
+    /// The gradient, and anything that was computed with it; zero where nothing shall change.
+    fn finite(&self, value: Tensor) -> Result<Tensor> {
+        match self.scale {
+            Some(_) => Ok(value.f_where_self(
+                &self.moves.f_gt(0.0)?,
+                &value.f_new_zeros([0i64; 0], (value.f_kind()?, value.device()))?,
+            )?),
+            None => Ok(value),
+        }
+    }
+
+    /// A gradient as it is to be taken.
+    fn gradient(&self, given: Tensor) -> Result<Tensor> {
+        match &self.scale {
+            Some(scale) => self.finite(given.f_mul(scale)?),
+            None => Ok(given),
+        }
+    }
+
+    /// A share of something new; none of it where nothing shall change.
+    fn share(&self, share: f64) -> Result<Tensor> {
+        Ok(self.moves.f_mul_scalar(share)?)
+    }
+}
+
+/// `mean = (1 - share) * mean + share * value`, the share on the device.
+fn mix(mean: &mut Tensor, value: &Tensor, share: &Tensor) -> Result<()> {
+    let _ = mean.f_mul_(&share.f_neg()?.f_add_scalar_(1.0)?)?.f_add_(&value.f_mul(share)?)?;
+    Ok(())
 }
 
 /// How the flat buffers are divided.
@@ -203,6 +270,19 @@ impl Part {
     /// Its view of a flat tensor.
     fn of(&self, flat: &Tensor) -> Result<Tensor> {
         Ok(flat.f_narrow(0, self.start as i64, (self.end - self.start) as i64)?)
+    }
+}
+
+/// The rule of an optimizer whose own pass moves the parameters.
+fn given(parts: &[Part]) -> Rule<'static> {
+    Rule {
+        kernel: "given",
+        numbers: Vec::new(),
+        state: Vec::new(),
+        carried: Vec::new(),
+        ranges: parts.to_vec(),
+        way: Way::Passes,
+        blocks: None,
     }
 }
 

@@ -16,7 +16,7 @@
 //! and one d serves all. (prodigyopt refuses unequal rates.)
 
 use super::options::{Check, ABOVE_0, AT_LEAST_0, COUNT, FLAG, FRACTION, TWO_FRACTIONS};
-use super::{add_scaled, bias_correction, choose, scalar, sum, Layout, Optimizer, Part, Rule};
+use super::{add_scaled, bias_correction, choose, scalar, sum, Layout, Optimizer, Part, Rule, Way};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -229,7 +229,7 @@ impl Optimizer for Prodigy {
             state: vec![&self.mean, &self.square, &self.sum, &self.start],
             carried: vec![&self.d, &self.numerator, &self.d_max, &self.updates],
             ranges: self.parts.clone(),
-            measured: true,
+            way: Way::Measured,
             blocks: None,
         })
     }

@@ -11,7 +11,7 @@
 //!
 //! Gradients are taken at y, which is therefore what the master holds; x, the average of the z, is what an adapter file gets.
 
-use super::{add_scaled, scalar, Layout, Part, Rule};
+use super::{add_scaled, scalar, Layout, Part, Rule, Way};
 use crate::error::Result;
 use tch::Tensor;
 
@@ -77,7 +77,7 @@ impl Average {
             numbers,
             state: vec![&self.z, square],
             carried: vec![&self.weight_sum, &self.largest_rate],
-            measured: false,
+            way: Way::Once,
             ranges: self.parts.clone(),
             blocks: None,
         }

@@ -7,7 +7,7 @@
 //! ```
 
 use super::options::{Check, AT_LEAST_0, OPEN_FRACTION};
-use super::{add_scaled, Layout, Optimizer, Part, Rule};
+use super::{add_scaled, Layout, Optimizer, Part, Rule, Way};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -73,7 +73,7 @@ impl Optimizer for SGDNesterov {
             numbers: vec![self.options.momentum, self.options.weight_decay],
             state: vec![&self.velocity],
             carried: Vec::new(),
-            measured: false,
+            way: Way::Once,
             ranges: self.parts.clone(),
             blocks: None,
         })

@@ -76,5 +76,5 @@ def test_what_cannot_be_captured_says_what_can():
     before = network.gradients.clone()
     with pytest.raises(lycore.UnsupportedError, match="AdamW on the CPU") as told:
         network.capture(lambda: network.step(wait=False))
-    assert "all optimizers can but Adafactor" in told.value.hint
+    assert "all optimizers can but Prodigy" in told.value.hint
     assert torch.equal(network.gradients, before)
