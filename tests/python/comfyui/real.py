@@ -1,6 +1,6 @@
-"""A real ComfyUI on the CPU, for the tests that need one: COMFYUI_DIR names the tree, whose requirements must be
-importable. The models have real architectures with few channels and random weights, made in the process; the text
-encoder is CLIP-L with two narrow layers.
+"""A real ComfyUI, for the tests that need one: COMFYUI_DIR names the tree, whose requirements must be importable;
+COMFYUI_DEVICE=cuda lets it use the GPU. The models have real architectures with few channels and random weights, made
+in the process; the text encoder is CLIP-L with two narrow layers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def comfy():
     sys.path.insert(0, COMFYUI)
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = os.environ.get("COMFYUI_DEVICE", "cpu") == "cpu"
     import comfy.lora
     import comfy.model_management
     import comfy.model_patcher

@@ -142,6 +142,8 @@ def test_comfyui_restores_the_model_and_does_not_load_it_again_for_the_same_lora
         assert reloads(lambda: core(world, model, None, *ROWS)[0])[0] == 1
         strengths = iter((0.5, 0.25))
         assert reloads(lambda: ours(world, model, None, ("a.safetensors", next(strengths), 1.0))[0])[0] == 1
+        # On a GPU ComfyUI unloads a model with its patches; they come off when it is needed without them.
+        comfy.model_management.load_models_gpu([model])
         comfy.model_management.unload_all_models()
     assert all(torch.equal(weight, base[key]) for key, weight in model.model.state_dict().items())
 
