@@ -6,10 +6,11 @@
 //! where those could have been used up.
 
 use super::config::Config;
-use super::network::{train, Step};
+use super::network::train;
 use super::optim::{Now, Optimizer, Rule, Way};
 use super::params::{kind, Params};
 use super::schedule::Schedule;
+use super::update::Step;
 use crate::cuda::{self, Arg, Gpu, Launcher};
 use crate::dtype::Float;
 use crate::error::{Error, Result};

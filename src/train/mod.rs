@@ -26,8 +26,10 @@ pub mod state;
 #[cfg(test)]
 mod tests;
 mod text;
+mod update;
 
 pub use checkpoint::Files;
 pub use config::Config;
 pub use keep::Moment;
-pub use network::{Network, Step};
+pub use network::Network;
+pub use update::Step;
