@@ -829,8 +829,8 @@ lycore_status lycore_network_build(struct lycore_network *network,
                                    struct lycore_device device,
                                    struct lycore_error **error);
 
-// y += what module `index` adds to its layer's output for x. x and y as in lycore_stack_forward (a norm: both as its input); fp32, fp16 or
-// bf16. `weight` is the layer's own weight, or NULL where lycore_network_needs_weight says no. `stream` as in lycore_stack_apply.
+// y += what module `index` adds to its layer's output for x. x and y as in lycore_stack_forward, but of any strides (a norm: both as its
+// input); fp32, fp16 or bf16. `weight` is the layer's own weight, or NULL where lycore_network_needs_weight says no. `stream` as in lycore_stack_apply.
 //
 // # Safety
 // `x` and `y` describe memory that does not overlap; `weight` is NULL or describes memory. `error` is NULL or may be written.
@@ -843,7 +843,7 @@ lycore_status lycore_network_forward(struct lycore_network *network,
                                      struct lycore_error **error);
 
 // The backward of lycore_network_forward: adds the gradients of the module's parameters to the network's, and, unless it is NULL, the
-// gradient of x to `grad_x`. `x` and `weight` are the forward's, `grad_y` the gradient of its output.
+// gradient of x to `grad_x`. `x` and `weight` are the forward's, `grad_y` the gradient of its output; any strides.
 //
 // # Safety
 // The tensors describe memory that does not overlap; `weight` and `grad_x` may be NULL. `error` is NULL or may be written.

@@ -14,7 +14,7 @@
 //
 // Those of factored means (Adafactor, CAME) have libtorch's operations there.
 //
-// All that changes from step to step lies in the clock, so a captured graph of the three goes on by itself. Sums have a fixed order: the same
+// All that changes from step to step lies on the device, so a captured graph of them goes on by itself. Sums have a fixed order: the same
 // gradients give the same bits.
 #include "common.cuh"
 

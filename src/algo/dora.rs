@@ -332,10 +332,14 @@ impl Trainable for Decomposed {
     }
 
     fn add_forward(&self, pass: &Pass, x: &Tensor, y: &Tensor) -> Result<()> {
-        match self.rows(pass)?.filter(|_| pass.linear_into(y)) {
-            Some(rows) => rows.add_forward(x, y),
-            None => add_output(self, pass, x, y),
+        let Some(rows) = self.rows(pass)? else { return add_output(self, pass, x, y) };
+        if pass.linear_into(y) {
+            return rows.add_forward(x, y);
         }
+        let own = Tensor::f_zeros(y.size(), (pass.compute, y.device()))?;
+        rows.add_forward(x, &own)?;
+        let _ = y.shallow_clone().f_add_(&own)?;
+        Ok(())
     }
 
     fn backward(&self, pass: &Pass, x: &Tensor, grad_y: &Tensor, want_input: bool) -> Result<Gradients> {

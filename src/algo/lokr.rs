@@ -217,8 +217,8 @@ mod training {
     use super::{ALPHA, T2, W1, W2};
     use crate::algo::factorization::factorization;
     use crate::algo::training::{
-        add_gradients, add_output, by_delta, evenly, long, scaled, Begin, Init, Layer, Parameter, Pass, Rule,
-        Trainable,
+        add_gradients, add_output, by_delta, differentiate, evenly, long, scaled, through_delta, Begin,
+        Gradients, Init, Layer, Parameter, Pass, Rule, Trainable,
     };
     use crate::error::Result;
     use crate::torch_ext::{multiply, product, Factor};
@@ -283,7 +283,7 @@ mod training {
             layer.groups() == 1 && halves < dense
         }
 
-        /// On a Linear layer: w1 for each row of `like`, and `t = X down^T` [rows, b, k], where `w2 = up down`, or down alone.
+        /// On a Linear layer: w1 for each row of x, and `t = X down^T` [rows, b, k], where `w2 = up down`, or down alone.
         fn inner(&self, pass: &Pass, parts: &Tensor, down: &Tensor) -> Result<(Tensor, Tensor)> {
             let [a, b] = self.small.map(|n| n as i64);
             let t = multiply(Factor(parts, false), Factor(down, true))?.f_view([-1, b, down.size()[0]])?;
@@ -477,6 +477,13 @@ mod training {
             let grad_x = x.f_empty_like()?;
             product(&grad_x.f_view([-1, d])?, Factor(&grad_t, false), Factor(down, false), 0.0, scale)?;
             Ok(Some(grad_x))
+        }
+
+        fn backward(&self, pass: &Pass, x: &Tensor, grad_y: &Tensor, want_input: bool) -> Result<Gradients> {
+            match self.in_parts(pass.layer) {
+                true => differentiate(&|x| self.forward(pass, x), pass.parameters, x, grad_y, want_input),
+                false => through_delta(self, pass, x, grad_y, want_input),
+            }
         }
 
         /// That of a Kronecker product is the product of both norms.

@@ -213,6 +213,7 @@ extern "C" {
 char* lycore_ext_product(at::Tensor* out, const at::Tensor* a, bool turn_a, const at::Tensor* b, bool turn_b, double beta, double alpha) {
   return told([&] {
     at::Tensor to = matrix(*out, false), left = matrix(*a, turn_a), right = matrix(*b, turn_b);
+    if (!to.is_alias_of(*out)) throw std::invalid_argument("the result of a product is not row-major");
     if (to.scalar_type() == left.scalar_type()) {
       at::addmm_out(to, to, left, right, beta, alpha);
     } else if (to.is_cuda() && to.scalar_type() == at::kFloat) {

@@ -1,4 +1,5 @@
-//! An update in one pass on a GPU (`kernels/optimizer.cu`): clip, optimizer, average of the parameters, working copy, clearing the gradient.
+//! An update on a GPU (`kernels/optimizer.cu`), for most optimizers in one pass: clip, optimizer, average of the parameters, working copy,
+//! clearing the gradient.
 //!
 //! Nothing waits for the device. Whether a gradient is finite is decided there, and what changes from step to step (the count, the learning
 //! rate, corrections) lies there, in the clock; so the launches can be captured into a CUDA graph, and a replay is a step like any other.
@@ -396,8 +397,8 @@ mod tests {
         }
         let device = Device::Cuda(0);
         let mut plan = Plan::new(config.optimizer.alignment());
-        let shapes = [&[37, 50][..], &[64], &[3, 4096], &[15], &[7], &[130, 20], &[1]];
-        for (shape, rate) in shapes.into_iter().zip([1.0, 3.0, 1.0, 0.5, 3.0, 1.0, 0.0]) {
+        let shapes = [&[37, 50][..], &[64], &[3, 4096], &[15], &[7], &[130, 20], &[1], &[3, 4096], &[37, 50]];
+        for (shape, rate) in shapes.into_iter().zip([1.0, 3.0, 1.0, 0.5, 3.0, 1.0, 0.0, 1.0, 1.0]) {
             plan.push(&Parameter::new("slot", shape, Init::ZEROS), rate).unwrap();
         }
         let groups = plan.place();
@@ -405,8 +406,7 @@ mod tests {
             values.iter_mut().enumerate().for_each(|(at, v)| *v = ((at + i) as f32 * 0.7).cos());
         })
         .unwrap();
-        let segments = params.segments().to_vec();
-        let layout = Layout { segments, groups, learning_rate: config.schedule().base };
+        let layout = Layout::new(params.segments(), groups, config.schedule().base);
         let optimizer = tch::no_grad(|| config.optimizer.build(&layout, params.master()).unwrap());
         let ema = config.ema_decay.map(|_| params.master().copy());
         let fused = Fused::new(config, &params, &*optimizer, ema.as_ref()).unwrap();
@@ -508,8 +508,12 @@ mod tests {
             let Some(config) = config(name) else { continue };
             let Some(mut built) = built(&config) else { return };
             let good = gradient(&built, 0);
+            let fresh = everything(&built);
+            assert!(!step(&mut built, &config, &(&good * f64::NAN)).updated);
+            assert!(everything(&built).iter().zip(&fresh).all(|(now, fresh)| now.equal(fresh)), "{name}");
             step(&mut built, &config, &good);
             let before = everything(&built);
+            assert!(before.iter().all(|t| t.isfinite().all().double_value(&[]) == 1.0), "{name}");
             let unchanged =
                 |built: &Built| everything(built).iter().zip(&before).all(|(now, before)| now.equal(before));
             for bad in [f64::NAN, f64::INFINITY] {

@@ -256,11 +256,7 @@ impl Network {
             let (module, parameter) = owners[i];
             init::fill(values, &parameter.init, seed, &self.modules[module].name, parameter.slot);
         })?;
-        let layout = Layout {
-            segments: params.segments().to_vec(),
-            groups,
-            learning_rate: self.config.schedule().base,
-        };
+        let layout = Layout::new(params.segments(), groups, self.config.schedule().base);
         let optimizer = tch::no_grad(|| self.config.optimizer.build(&layout, params.master()))?;
         let ema = self.config.ema_decay.map(|_| params.master().f_detach_copy()).transpose()?;
         // What else changes the values after an update comes before the average.
@@ -289,7 +285,14 @@ impl Network {
         tch::no_grad(|| {
             let (weight, draw) = (built.weight(m, weight)?, self.draw(built, m));
             let pass = built.pass(m, weight.as_ref(), draw.as_ref())?;
-            m.algorithm.add_forward(&pass, &built.input(x)?, y)
+            let x = built.input(x)?;
+            if y.is_contiguous() {
+                return m.algorithm.add_forward(&pass, &x, y);
+            }
+            let own = y.f_contiguous()?;
+            m.algorithm.add_forward(&pass, &x, &own)?;
+            y.shallow_clone().f_copy_(&own)?;
+            Ok(())
         })
     }
 
@@ -424,7 +427,7 @@ impl Built {
             });
         }
         self.placed(m, weight)?;
-        self.input(weight).map(Some)
+        Ok(Some(weight.f_to_kind(self.params.compute())?))
     }
 
     /// Shapes, dtypes and devices of a layer's input and output (or of their gradients).
@@ -470,12 +473,9 @@ impl Built {
         Ok(())
     }
 
-    /// A tensor of the host, without its graph, in the compute dtype.
+    /// A tensor of the host in the compute dtype, row-major.
     fn input(&self, tensor: &Tensor) -> Result<Tensor> {
-        Ok(match tensor.f_kind()? == self.params.compute() {
-            true => tensor.shallow_clone(),
-            false => tensor.f_to_kind(self.params.compute())?,
-        })
+        Ok(tensor.f_to_kind(self.params.compute())?.f_contiguous()?)
     }
 }
 

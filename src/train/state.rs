@@ -148,7 +148,7 @@ impl Network {
         Ok(tensors)
     }
 
-    /// The modules in the order of the flat buffers, with all that decides the meaning of their values.
+    /// The modules in the order of their names, with all that decides the meaning of their values.
     fn table(&self) -> Value {
         let mut table = Map::new();
         for index in self.by_name() {

@@ -581,6 +581,17 @@ fn a_fresh_module_changes_nothing() {
             assert!(norm(&(y - &base)) <= 1e-6 * norm(&base), "{what}");
             network.backward(0, &x, Some(&weight), &base, false).unwrap();
             assert!(network.step().unwrap().grad_norm > 0.0, "{what}");
+            // Tensors of a host may have any strides.
+            let mut run = |lay: &dyn Fn(&Tensor) -> Tensor| {
+                network.zero_gradients().unwrap();
+                let (x, y) = (lay(&x), lay(&base));
+                let grad_x = network.backward(0, &x, Some(&weight), &y, true).unwrap().unwrap();
+                network.forward(0, &x, Some(&weight), &y).unwrap();
+                (y, grad_x, network.gradients().unwrap().copy())
+            };
+            let rows = run(&Tensor::copy);
+            let turned = run(&|t| t.transpose(0, -1).contiguous().transpose(0, -1));
+            assert!(rows.0.equal(&turned.0) && rows.1.equal(&turned.1) && rows.2.equal(&turned.2), "{what}");
             modules += 1;
         }
     }

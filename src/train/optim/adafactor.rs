@@ -102,7 +102,8 @@ impl Optimizer for Adafactor {
 
     fn pass(&mut self, master: &Tensor, gradient: &Tensor, now: &Now) -> Result<()> {
         let o = self.options;
-        let fresh = now.step.f_pow_tensor_scalar(o.decay_rate)?.f_mul_(&now.moves)?;
+        // The count is 0 before a first update that counts, and 0 to this power no number.
+        let fresh = now.finite(now.step.f_pow_tensor_scalar(o.decay_rate)?)?;
         for (index, run) in self.runs.iter().enumerate() {
             let (mut p, g) = (run.view(master)?, now.gradient(run.view(gradient)?)?);
             let mut rate = now.rate.f_mul(&now.share(run.factor)?)?;

@@ -1,10 +1,11 @@
 //! Optimizers, one file each. An optimizer sees one flat parameter and one flat gradient; modules do not exist here.
 //!
 //! None of them waits for the device: what an algorithm derives from sums over all parameters (the d of Prodigy and D-Adaptation, the norms
-//! of Adafactor) stays in tensors on the device, and what depends on the step alone is a number of the host. (The sums of the schedule-free
-//! ones lie on the device for the kernels; without those, on a GPU, they are waited for.)
+//! of Adafactor) stays in tensors on the device. (The sums of the schedule-free ones lie on the device for the kernels; without those, on a
+//! GPU, they are waited for.)
 //!
-//! The formula of an optimizer stands in its file. Those with an [`Optimizer::rule`] have the same once more in `kernels/optimizer.cu`.
+//! The formula of an optimizer stands in its file. Those with an [`Optimizer::rule`] of their own have the same once more in
+//! `kernels/optimizer.cu`; Adafactor and CAME take from the device also the numbers of a step ([`Now`]).
 
 pub mod adafactor;
 pub mod adamw;
@@ -151,16 +152,23 @@ fn mix(mean: &mut Tensor, value: &Tensor, share: &Tensor) -> Result<()> {
 /// How the flat buffers are divided.
 #[derive(Clone, Debug)]
 pub struct Layout {
-    /// The parameters, for algorithms that look at each of them or at its shape.
-    pub segments: Vec<Segment>,
+    /// The parameters in the order in which they lie, for algorithms that look at each of them or at its shape.
+    segments: Vec<Segment>,
     /// Ranges that cover the buffers from their start to their end, each with the factor of its learning rate. Every range costs an
     /// optimizer a pass of its own, so parameters of one factor should lie side by side.
-    pub groups: Vec<(Range<usize>, f64)>,
+    groups: Vec<(Range<usize>, f64)>,
     /// The learning rate before the schedule.
     pub learning_rate: f64,
 }
 
 impl Layout {
+    /// Of these parameters, in any order.
+    pub fn new(segments: &[Segment], groups: Vec<(Range<usize>, f64)>, learning_rate: f64) -> Self {
+        let mut segments = segments.to_vec();
+        segments.sort_by_key(|segment| segment.offset);
+        Layout { segments, groups, learning_rate }
+    }
+
     /// The factor of a parameter's learning rate.
     fn factor(&self, segment: &Segment) -> f64 {
         self.groups
@@ -171,10 +179,8 @@ impl Layout {
 
     /// The parameters, those of one shape and rate that lie side by side as one.
     fn runs(&self) -> Vec<Run> {
-        let mut segments: Vec<&Segment> = self.segments.iter().collect();
-        segments.sort_by_key(|segment| segment.offset);
         let mut runs: Vec<Run> = Vec::new();
-        for segment in segments {
+        for segment in &self.segments {
             let factor = self.factor(segment);
             if let Some(last) = runs.last_mut() {
                 let alike = last.first.shape == segment.shape && last.first.stored == segment.stored;
@@ -430,7 +436,7 @@ mod tests {
             segment(96, &[6], &[8]),
             segment(104, &[6], &[8]),
         ];
-        let layout = Layout { segments, groups: vec![(0..104, 1.0), (104..112, 0.5)], learning_rate: 1.0 };
+        let layout = Layout::new(&segments, vec![(0..104, 1.0), (104..112, 0.5)], 1.0);
         let runs = layout.runs();
         let counts: Vec<(usize, usize, f64)> =
             runs.iter().map(|run| (run.first.offset, run.count, run.factor)).collect();

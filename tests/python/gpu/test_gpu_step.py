@@ -156,6 +156,20 @@ def test_replays_are_the_steps_that_they_were_captured_from(name, accumulation, 
     assert replayed.state(tmp_path) == eager.state(tmp_path)
 
 
+@pytest.mark.parametrize("name", FUSED)
+def test_a_network_can_be_captured_before_its_first_step(name):
+    eager, replayed = (Problem({"optimizer_type": name} | FUSED[name]) for _ in range(2))
+    replayed.feed(0)
+    step = replayed.network.capture(replayed.micro_step)
+    for number in range(5):
+        eager.feed(number)
+        loss = eager.micro_step()
+        replayed.feed(number)
+        assert torch.equal(step(), loss)
+    assert replayed.network.parameters.isfinite().all()
+    assert torch.equal(replayed.network.parameters, eager.network.parameters)
+
+
 def test_a_replay_goes_on_from_a_state(tmp_path):
     problem = Problem({"lr_scheduler": "cosine", "max_train_steps": 40, "ema_decay": 0.9})
     step = problem.network.capture(problem.micro_step)

@@ -421,6 +421,37 @@ def test_a_resumed_run_ends_on_the_same_bits(name, tmp_path):
         assert same, f"cut after {cut} micro-steps"
 
 
+@pytest.mark.parametrize(
+    "name", sorted({case.name.lower() for case in CASES.values()} - {"prodigy", "dadaptadam", "dadaptlion"})
+)
+def test_parameters_are_trained_alike_beside_others(name, tmp_path):
+    """Each layer's file is to the bit what it is when the layer is trained alone; only a shared d would couple them."""
+    sizes = {"a": (64, 64), "b": (64, 32), "c": (64, 64), "d": (8, 8), "e": (64, 32)}
+
+    def trained(names: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        layers = {key: nn.Linear(*size).requires_grad_(False) for key, size in sizes.items()}
+        arguments = {"adamw8bit": {"min_8bit_size": 600}, "adafactor": {"relative_step": False}}.get(name, {})
+        config = {"optimizer_type": name, "learning_rate": 1e-2, "max_grad_norm": 0, "optimizer_args": arguments}
+        network = lycore.Network({"network_dim": 16, **config})
+        for key in names:
+            network.add(key, layers[key])
+        network.build()
+        for step in range(3):
+            for key in names:
+                x = torch.randn(4, sizes[key][0], generator=torch.Generator().manual_seed(step))
+                layers[key](x).square().sum().backward()
+            network.step()
+        network.save(tmp_path / "a.safetensors")
+        return load_file(tmp_path / "a.safetensors")
+
+    together = trained("abcde")
+    alone = {name: tensor for key in sizes for name, tensor in trained(key).items()}
+    assert together.keys() == alone.keys()
+    for key, tensor in together.items():
+        assert torch.equal(tensor, alone[key]), key
+
+
 def test_the_state_of_another_optimizer_is_refused(tmp_path):
     network = attached(net(), {"optimizer_type": "Lion"})
     network.save_state(tmp_path / "lion.safetensors")
