@@ -130,7 +130,7 @@ pub(super) use training::BEGIN;
 /// With M1 and M2 for the two products, `dL/dM1 = s (dL/dy^T x) o M2`, and so the other way round.
 #[cfg(feature = "torch")]
 mod training {
-    use super::{A, ALPHA, B, T};
+    use super::{A, B, T};
     use crate::algo::lora::training::Training as Lora;
     use crate::algo::training::{
         add_gradients, add_output, by_delta, evenly, long, scaled, Begin, Init, Layer, Parameter, Pass, Rule,
@@ -148,9 +148,8 @@ mod training {
     struct Training {
         weight: Vec<usize>,
         rank: usize,
-        alpha: f64,
         tucker: bool,
-        /// With the same alpha / rank, for as many ranks as its factors have.
+        /// With its alpha / rank, for as many ranks as the LoRA's factors have.
         lora: Lora,
     }
 
@@ -158,11 +157,7 @@ mod training {
         fn new(layer: &Layer, rule: &Rule) -> Self {
             let tucker = rule.tucker && layer.large_kernel();
             let lora = Lora::new(layer, &Rule { tucker: false, ..rule.clone() });
-            Training { weight: layer.weight.clone(), rank: rule.dim, alpha: rule.alpha, tucker, lora }
-        }
-
-        fn scale(&self) -> f64 {
-            self.alpha / self.rank as f64
+            Training { weight: layer.weight.clone(), rank: rule.dim, tucker, lora }
         }
 
         /// How many ranks the product of the pairs has, where they are less work than dW.
@@ -210,7 +205,7 @@ mod training {
         }
 
         fn constants(&self) -> Vec<(&'static str, f64)> {
-            vec![(ALPHA, self.alpha)]
+            self.lora.constants()
         }
 
         fn parameters(&self) -> Vec<Parameter> {
@@ -239,13 +234,13 @@ mod training {
         fn delta(&self, pass: &Pass) -> Result<Tensor> {
             let [(a1, b1), (a2, b2)] = self.pairs(pass)?;
             let product = a1.f_matmul(&b1)?.f_mul(&a2.f_matmul(&b2)?)?;
-            scaled(&product.f_reshape(pass.shape())?, self.scale())
+            scaled(&product.f_reshape(pass.shape())?, self.lora.scale())
         }
 
         fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor> {
             let Some(ranks) = self.ranks(pass.layer) else { return by_delta(self, pass, x) };
             let [down, up] = self.factors(pass, ranks)?;
-            let t = scaled(&pass.layer.apply(x, &down)?, self.scale())?;
+            let t = scaled(&pass.layer.apply(x, &down)?, self.lora.scale())?;
             pass.dropped(pass.layer.pointwise(&t, &up)?)
         }
 
@@ -254,15 +249,12 @@ mod training {
                 return add_output(self, pass, x, y);
             }
             if let Some(ranks) = self.ranks(pass.layer) {
-                return self.lora.add_forward(
-                    &Pass { parameters: &self.factors(pass, ranks)?, ..*pass },
-                    x,
-                    y,
-                );
+                let inner = Pass { parameters: &self.factors(pass, ranks)?, ..*pass };
+                return self.lora.add_forward(&inner, x, y);
             }
             let [(a1, b1), (a2, b2)] = self.pairs(pass)?;
             let delta = a1.f_matmul(&b1)?.f_mul_(&a2.f_matmul(&b2)?)?;
-            product(y, Factor(x, false), Factor(&delta, true), 1.0, self.scale())
+            product(y, Factor(x, false), Factor(&delta, true), 1.0, self.lora.scale())
         }
 
         fn accumulate(
@@ -282,28 +274,20 @@ mod training {
             }
             let [(a1, b1), (a2, b2)] = self.pairs(pass)?;
             let (m1, m2) = (a1.f_matmul(&b1)?, a2.f_matmul(&b2)?);
-            let input = match want_input {
-                true => {
-                    let grad_x = x.f_empty_like()?;
-                    product(
-                        &grad_x,
-                        Factor(grad_y, false),
-                        Factor(&m1.f_mul(&m2)?, false),
-                        0.0,
-                        self.scale(),
-                    )?;
-                    Some(grad_x)
-                }
-                false => None,
-            };
+            let scale = self.lora.scale();
+            let grad_x = want_input.then(|| x.f_empty_like()).transpose()?;
+            if let Some(grad_x) = &grad_x {
+                let delta = m1.f_mul(&m2)?;
+                product(grad_x, Factor(grad_y, false), Factor(&delta, false), 0.0, scale)?;
+            }
             let grad = multiply(Factor(grad_y, true), Factor(x, false))?;
             let pairs = [(a1, b1, m2), (a2, b2, m1)];
             for ((a, b, mut other), into) in pairs.into_iter().zip(into.chunks(2)) {
                 let grad_m = other.f_mul_(&grad)?;
-                product(&into[0], Factor(&grad_m, false), Factor(&b, true), 1.0, self.scale())?;
-                product(&into[1], Factor(&a, true), Factor(&grad_m, false), 1.0, self.scale())?;
+                product(&into[0], Factor(&grad_m, false), Factor(&b, true), 1.0, scale)?;
+                product(&into[1], Factor(&a, true), Factor(&grad_m, false), 1.0, scale)?;
             }
-            Ok(input)
+            Ok(grad_x)
         }
 
         fn shrunk(&self, ratio: &Tensor) -> Result<Option<Vec<Tensor>>> {

@@ -217,8 +217,8 @@ mod training {
     use super::{ALPHA, T2, W1, W2};
     use crate::algo::factorization::factorization;
     use crate::algo::training::{
-        add_gradients, add_output, by_delta, differentiate, evenly, long, scaled, through_delta, Begin,
-        Gradients, Init, Layer, Parameter, Pass, Rule, Trainable,
+        add_gradients, add_output, by_delta, evenly, long, scaled, through_delta, Begin, Gradients, Init,
+        Layer, Parameter, Pass, Rule, Trainable,
     };
     use crate::error::Result;
     use crate::torch_ext::{multiply, product, Factor};
@@ -480,10 +480,7 @@ mod training {
         }
 
         fn backward(&self, pass: &Pass, x: &Tensor, grad_y: &Tensor, want_input: bool) -> Result<Gradients> {
-            match self.in_parts(pass.layer) {
-                true => differentiate(&|x| self.forward(pass, x), pass.parameters, x, grad_y, want_input),
-                false => through_delta(self, pass, x, grad_y, want_input),
-            }
+            through_delta(self, pass, x, grad_y, want_input)
         }
 
         /// That of a Kronecker product is the product of both norms.

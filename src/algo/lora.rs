@@ -293,7 +293,8 @@ pub(super) mod training {
             Ok(input)
         }
 
-        fn scale(&self) -> f64 {
+        /// alpha / rank.
+        pub(in crate::algo) fn scale(&self) -> f64 {
             self.alpha / self.rank as f64
         }
     }
